@@ -1,0 +1,3 @@
+"""Potluck trains models on the machines people bring."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,346 @@
+"""What does the hub answer over HTTP? Parsing, roles, status codes; no rule and no SQL.
+
+Every route names who may call it (`roles`); `tests/security/test_access.py` walks through all of them with every role.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.exceptions import HTTPException
+
+import potluck
+from potluck.domain import access
+from potluck.errors import BadInput, NotAllowed, NotFound, PotluckError, TryLater
+from potluck.hub.commands import files, people, runs, work
+from potluck.hub.commands.desk import Caller, Desk
+from potluck.protocol import (
+    OLDEST_PROTOCOL,
+    PROTOCOL,
+    PROTOCOL_HEADER,
+    Contribution,
+    Curve,
+    Event,
+    HeartbeatAnswer,
+    HeartbeatRequest,
+    HubInfo,
+    InviteAnswer,
+    InviteRequest,
+    JoinAnswer,
+    JoinRequest,
+    Json,
+    Lease,
+    LeaseRequest,
+    Problem,
+    Report,
+    ReportAnswer,
+    RunRequest,
+    RunView,
+    Taste,
+    UploadAnswer,
+    UploadRequest,
+    Version,
+    Why,
+    WorkerView,
+)
+from potluck.telemetry import logger
+
+SESSION_COOKIE = "potluck_session"
+log = logger("hub.api")
+
+
+def desk_of(request: Request) -> Desk:
+    desk: Desk = request.app.state.desk
+    return desk
+
+
+async def caller_of(request: Request) -> Caller:
+    """Who asks: a bearer token, or for looking only (GET) the page's session cookie."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        token = request.cookies.get(SESSION_COOKIE, "") if request.method in ("GET", "HEAD") else ""
+    theirs = request.headers.get(PROTOCOL_HEADER, "")
+    if theirs.isdecimal():
+        people.check_protocol(int(theirs))
+    return await people.authenticate(desk_of(request), token.strip())
+
+
+def require(roles: frozenset[str]) -> Callable[[Request], Awaitable[Caller]]:
+    async def check(request: Request) -> Caller:
+        if "nobody" in roles:
+            return Caller("nobody", "", "")
+        caller = await caller_of(request)
+        if caller.role not in roles:
+            allowed = ", ".join(sorted(roles))
+            raise NotAllowed(f"a {caller.role} may not do this: it takes the role {allowed}")
+        return caller
+
+    return check
+
+
+def roles(allowed: frozenset[str]) -> dict[str, Any]:
+    """Arguments of a route: who may call it, enforced and written into the OpenAPI document."""
+    return {
+        "dependencies": [Depends(require(allowed))],
+        "openapi_extra": {"x-roles": sorted(allowed)},
+    }
+
+
+Asking = Annotated[Caller, Depends(caller_of)]
+At = Annotated[Desk, Depends(desk_of)]
+api = APIRouter(prefix="/api/v1")
+health = APIRouter()
+
+
+@health.get("/livez", **roles(access.OPEN))
+async def livez() -> dict[str, str]:
+    return {"status": "ok", "service": "potluck"}
+
+
+@health.get("/readyz", **roles(access.OPEN))
+async def readyz(desk: At) -> dict[str, str]:
+    async with desk.ledger.transaction() as tx:
+        await tx.row("trusted_worker_live")
+    return {"status": "ok", "service": "potluck"}
+
+
+# --- people ---------------------------------------------------------------------------------------------------------
+
+
+@api.post("/join", **roles(access.OPEN))
+async def join(desk: At, body: JoinRequest) -> JoinAnswer:
+    return await people.join(desk, body)
+
+
+@api.get("/hub", **roles(access.ANYBODY))
+async def hub(desk: At) -> HubInfo:
+    from datetime import UTC, datetime
+
+    return HubInfo(desk.name, potluck.__version__, PROTOCOL, OLDEST_PROTOCOL, datetime.now(UTC).isoformat())
+
+
+@api.post("/invites", status_code=201, **roles(access.ADMINS))
+async def invite(desk: At, caller: Asking, body: InviteRequest) -> InviteAnswer:
+    return await people.invite(desk, body, actor=caller.name)
+
+
+@api.get("/invites", **roles(access.ADMINS))
+async def invites(desk: At) -> list[dict[str, Any]]:
+    return await people.invites(desk)
+
+
+@api.delete("/invites/{invite_id}", status_code=204, **roles(access.ADMINS))
+async def revoke_invite(desk: At, caller: Asking, invite_id: str) -> None:
+    await people.revoke_invite(desk, invite_id, actor=caller.name)
+
+
+@api.get("/workers", **roles(access.ANYBODY))
+async def workers(desk: At) -> list[WorkerView]:
+    return await people.workers(desk)
+
+
+@api.delete("/workers/{worker_id}", **roles(access.ADMINS))
+async def revoke_worker(desk: At, caller: Asking, worker_id: str) -> dict[str, str]:
+    return {"revoked": await people.revoke_worker(desk, worker_id, actor=caller.name)}
+
+
+# --- work -----------------------------------------------------------------------------------------------------------
+
+Wait = Annotated[float, Query(ge=0, le=30)]
+
+
+@api.post("/heartbeat", **roles(access.WORKERS))
+async def heartbeat(desk: At, caller: Asking, body: HeartbeatRequest) -> HeartbeatAnswer:
+    return await work.heartbeat(desk, caller, body)
+
+
+@api.post("/leases", response_model=None, responses={200: {"model": Lease}, 204: {}}, **roles(access.WORKERS))
+async def lease(desk: At, caller: Asking, request: Request, body: LeaseRequest, wait: Wait = 0) -> Response:
+    granted = await work.lease(desk, caller, body, wait, gone=request.is_disconnected)
+    if granted is None:
+        return Response(status_code=204)
+    return Response(msgspec.json.encode(granted), media_type="application/json")
+
+
+@api.post("/leases/{lease_id}/report", **roles(access.WORKERS))
+async def report(desk: At, caller: Asking, lease_id: str, body: Report) -> ReportAnswer:
+    return await work.report(desk, caller, lease_id, body)
+
+
+@api.post("/leave", status_code=204, **roles(access.WORKERS))
+async def leave(desk: At, caller: Asking) -> None:
+    await work.leave(desk, caller)
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------------
+
+
+@api.post("/uploads", **roles(access.GIVERS))
+async def begin_upload(desk: At, body: UploadRequest) -> UploadAnswer:
+    return await files.begin(desk, body.blob)
+
+
+@api.get("/uploads/{upload_id}", **roles(access.GIVERS))
+async def upload_status(desk: At, upload_id: str) -> UploadAnswer:
+    return await files.status(desk, upload_id)
+
+
+@api.patch("/uploads/{upload_id}", **roles(access.GIVERS))
+async def append(
+    desk: At, request: Request, upload_id: str, offset: Annotated[int, Query(ge=0)]
+) -> UploadAnswer:
+    piece = bytearray()
+    async for part in request.stream():
+        piece += part
+        if len(piece) > files.MAX_PIECE_BYTES:
+            raise BadInput(
+                f"a piece may have at most {files.MAX_PIECE_BYTES:,} bytes: send the blob in several"
+            )
+    return await files.append(desk, upload_id, offset, bytes(piece))
+
+
+@api.api_route(
+    "/blobs/{hash_}", methods=["GET", "HEAD"], response_class=FileResponse, **roles(access.ANYBODY)
+)
+async def blob(desk: At, hash_: str) -> FileResponse:
+    """The bytes; ranges are honoured. Always as a download, never as something a browser would run."""
+    path = desk.blobs.path(hash_)
+    if not path.exists():
+        raise NotFound(f"there is no blob {hash_[:12]}…")
+    kind = "image/png" if await asyncio.to_thread(_is_png, path) else "application/octet-stream"
+    headers = {
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "Content-Disposition": "inline" if kind == "image/png" else "attachment",
+        "Content-Security-Policy": "sandbox",
+    }
+    return FileResponse(path, media_type=kind, headers=headers)
+
+
+def _is_png(path: Any) -> bool:
+    with path.open("rb") as file:
+        return bool(file.read(8) == b"\x89PNG\r\n\x1a\n")
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+@api.post("/runs", status_code=201, **roles(access.MEMBERS))
+async def create_run(
+    desk: At,
+    caller: Asking,
+    body: RunRequest,
+    idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+) -> RunView:
+    return await runs.create(desk, body, actor=caller.name, key=idempotency_key)
+
+
+@api.get("/runs", **roles(access.ANYBODY))
+async def list_runs(desk: At, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[RunView]:
+    return await runs.list_runs(desk, limit)
+
+
+@api.get("/runs/{run}", **roles(access.ANYBODY))
+async def show_run(desk: At, run: str) -> RunView:
+    return await runs.show(desk, run)
+
+
+@api.patch("/runs/{run}/settings", **roles(access.MEMBERS))
+async def set_run(desk: At, caller: Asking, run: str, body: dict[str, Json]) -> RunView:
+    return await runs.change(desk, run, body, actor=caller.name)
+
+
+@api.post("/runs/{run}/pause", **roles(access.MEMBERS))
+async def pause(desk: At, caller: Asking, run: str) -> RunView:
+    return await runs.move(desk, run, "pause", actor=caller.name)
+
+
+@api.post("/runs/{run}/resume", **roles(access.MEMBERS))
+async def resume(desk: At, caller: Asking, run: str) -> RunView:
+    return await runs.move(desk, run, "resume", actor=caller.name)
+
+
+@api.post("/runs/{run}/stop", **roles(access.MEMBERS))
+async def stop(desk: At, caller: Asking, run: str) -> RunView:
+    return await runs.move(desk, run, "stop", actor=caller.name)
+
+
+@api.get("/runs/{run}/versions", **roles(access.ANYBODY))
+async def versions(
+    desk: At, run: str, after: Annotated[int, Query(ge=-1)] = -1, wait: Wait = 0
+) -> list[Version]:
+    return await runs.versions(desk, run, after, wait)
+
+
+@api.get("/runs/{run}/contributions", **roles(access.ANYBODY))
+async def contributions(desk: At, run: str) -> list[Contribution]:
+    return await runs.contributions(desk, run)
+
+
+@api.get("/runs/{run}/tastes", **roles(access.ANYBODY))
+async def tastes(desk: At, run: str) -> list[Taste]:
+    return await runs.tastes(desk, run)
+
+
+@api.get("/runs/{run}/curve", **roles(access.ANYBODY))
+async def curve(desk: At, run: str) -> list[Curve]:
+    return await runs.curve(desk, run)
+
+
+@api.get("/runs/{run}/events", **roles(access.ANYBODY))
+async def run_events(desk: At, run: str, after: int = 0) -> list[Event]:
+    return await runs.events(desk, after=after, ref=run)
+
+
+@api.get("/events", **roles(access.ANYBODY))
+async def events(desk: At, after: int = 0) -> list[Event]:
+    return await runs.events(desk, after=after)
+
+
+@api.get("/why/{subject}", **roles(access.ANYBODY))
+async def why(desk: At, subject: str) -> Why:
+    return await runs.why(desk, subject)
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def problem(status: int, code: str, detail: str) -> JSONResponse:
+    body = Problem(f"urn:potluck:{code}", HTTPStatus(status).phrase, status, detail, code)
+    headers = {"Retry-After": "2"} if status == 503 else {}
+    return JSONResponse(msgspec.to_builtins(body), status, headers, media_type="application/problem+json")
+
+
+def install(app: FastAPI) -> None:
+    """Routes and error answers."""
+    app.include_router(health)
+    app.include_router(api)
+
+    @app.exception_handler(PotluckError)
+    async def ours(request: Request, error: PotluckError) -> JSONResponse:
+        if error.status >= 500 and not isinstance(error, TryLater):
+            log.error("request.failed", path=request.url.path, reason=str(error))
+        return problem(error.status, error.code, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def misfit(request: Request, error: RequestValidationError) -> JSONResponse:
+        places = "; ".join(
+            f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()[:5]
+        )
+        return problem(422, BadInput.code, f"the request does not fit: {places}")
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: NotFound.code, 405: "not_allowed"}.get(error.status_code, "http")
+        return problem(error.status_code, code, f"{error.detail}: {request.method} {request.url.path}")
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        log.error("request.bug", path=request.url.path, exc_info=error)
+        return problem(500, PotluckError.code, "the hub made a mistake: its log has the details")

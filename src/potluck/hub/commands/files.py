@@ -1,0 +1,59 @@
+"""How do bytes come in, piece by piece, and who may know that they are there?"""
+
+from __future__ import annotations
+
+import asyncio
+
+from potluck.errors import BadInput, Conflict, NotFound
+from potluck.hub.commands.desk import Desk
+from potluck.protocol import Blob, UploadAnswer
+
+MAX_BLOB_BYTES = 4 << 30
+MAX_PIECE_BYTES = 8 << 20
+
+
+async def begin(desk: Desk, blob: Blob) -> UploadAnswer:
+    """Where to go on. A blob that is here already is `done`."""
+    if not 0 <= blob.size_bytes <= MAX_BLOB_BYTES:
+        raise BadInput(f"a blob of {blob.size_bytes:,} bytes: at most {MAX_BLOB_BYTES:,} are taken")
+    return await status(desk, f"{blob.hash}-{blob.size_bytes}")
+
+
+def _parse(upload_id: str) -> Blob:
+    hash_, _, size = upload_id.partition("-")
+    if len(hash_) != 64 or not size.isdecimal():
+        raise NotFound(f"there is no upload {upload_id[:80]}")
+    return Blob(hash_, int(size))
+
+
+async def status(desk: Desk, upload_id: str) -> UploadAnswer:
+    """An upload's id is its blob's name and size, so any hub copy can go on with it after a restart."""
+    blob = _parse(upload_id)
+    if desk.blobs.has(blob.hash):
+        await _record(desk, Blob(blob.hash, desk.blobs.path(blob.hash).stat().st_size))
+        return UploadAnswer(upload_id, blob.size_bytes, True)
+    return UploadAnswer(upload_id, desk.blobs.part_size(blob.hash), False)
+
+
+async def append(desk: Desk, upload_id: str, offset: int, piece: bytes) -> UploadAnswer:
+    """Add a piece at `offset`; the last one is verified against the hash and published."""
+    blob = _parse(upload_id)
+    if desk.blobs.has(blob.hash):
+        return UploadAnswer(upload_id, blob.size_bytes, True)
+    if offset + len(piece) > blob.size_bytes:
+        raise BadInput(
+            f"this piece would make the blob longer than the {blob.size_bytes:,} bytes it was announced with"
+        )
+    have = await asyncio.to_thread(desk.blobs.append, blob.hash, offset, piece)
+    if have != offset + len(piece):
+        raise Conflict(f"go on at offset {have}")
+    if have < blob.size_bytes:
+        return UploadAnswer(upload_id, have, False)
+    await asyncio.to_thread(desk.blobs.commit, blob.hash)
+    await _record(desk, blob)
+    return UploadAnswer(upload_id, have, True)
+
+
+async def _record(desk: Desk, blob: Blob) -> None:
+    async with desk.ledger.transaction() as tx:
+        await tx.run("put_blob", hash=blob.hash, size_bytes=blob.size_bytes)

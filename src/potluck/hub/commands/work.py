@@ -1,0 +1,542 @@
+"""Who gets which task, and what becomes of what is handed in?"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+from potluck.domain.pool import (
+    STRIKES,
+    PoolSettings,
+    judge_losses,
+    next_tick_s,
+    unit_size,
+)
+from potluck.domain.tensorfile import check_update
+from potluck.errors import BadInput, BadUpdate, NotFound
+from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, note
+from potluck.hub.store import Transaction
+from potluck.hub.store.positions import to_multirange, to_positions
+from potluck.protocol import (
+    Blob,
+    Dataset,
+    HeartbeatAnswer,
+    HeartbeatRequest,
+    Json,
+    Layout,
+    Lease,
+    LeaseRequest,
+    MergeSpec,
+    RecipeRef,
+    Report,
+    ReportAnswer,
+    TasteSpec,
+    UnitSpec,
+)
+
+MAX_ATTEMPTS = 4
+"""So many leases of one merge or taste may be lost or fail before the hub gives it up."""
+UNITS_AT_ONCE = 2
+"""The one at work and the next, leased early so that its data is there in time."""
+_HEADER_BYTES = 1 << 20
+
+
+async def lease(
+    desk: Desk,
+    caller: Caller,
+    request: LeaseRequest,
+    wait_s: float,
+    *,
+    gone: Callable[[], Awaitable[bool]] | None = None,
+) -> Lease | None:
+    """The most useful task for this worker, or None after `wait_s` without one.
+
+    `gone` tells whether the caller hung up meanwhile: a lease granted to nobody would sleep until it lapses.
+    """
+    clock = asyncio.get_running_loop().time
+    end = clock() + min(max(wait_s, 0.0), 30.0)
+    while True:
+        ticket = desk.news.ticket("work")
+        granted = await _grant(desk, caller, request)
+        if granted is not None:
+            return granted
+        left = end - clock()
+        if left <= 0:
+            return None
+        # The news may come from another hub copy that we do not hear; so look again now and then anyway.
+        await desk.news.wait(ticket, min(left, 5.0))
+        if gone is not None and await gone():
+            return None
+
+
+async def _grant(desk: Desk, caller: Caller, request: LeaseRequest) -> Lease | None:
+    lease_id = uuid.uuid4()
+    ttl = timedelta(seconds=desk.lease_ttl_s)
+    kinds = [kind for kind in request.kinds if kind in ("init", "merge", "taste")] if caller.trusted else []
+    if kinds:
+        async with desk.ledger.transaction() as tx:
+            row = await tx.row(
+                "lease_task", kinds=kinds, lease_id=lease_id, worker_id=caller.subject, ttl=ttl
+            )
+            if row is not None:
+                run = await tx.row("run", run_id=row["run_id"])
+                assert run is not None
+                return _task_lease(desk, str(lease_id), row, run)
+    if "unit" not in request.kinds:
+        return None
+    async with desk.ledger.transaction(relaxed=True) as tx:
+        await tx.run(
+            "update_worker",
+            id=caller.subject,
+            device=request.device[:20],
+            share=min(max(request.share, 0.01), 1.0),
+        )
+        if caller.trusted:
+            others = await tx.row("other_workers_live", worker_id=caller.subject)
+            if others and others["live"]:
+                return None  # the house worker trains only while it is alone
+        for run in await tx.rows("leasable_runs", worker_id=caller.subject, strikes=STRIKES):
+            if run["mine"] >= UNITS_AT_ONCE or run["struck"]:
+                continue
+            settings = as_type(run["settings"], PoolSettings)
+            row = await tx.row(
+                "lease_unit",
+                run_id=run["id"],
+                want=unit_size(settings, request.samples_per_s.get(run["id"])),
+                lease_id=lease_id,
+                worker_id=caller.subject,
+                ttl=ttl,
+            )
+            if row is not None:
+                return _unit_lease(desk, str(lease_id), row, run, settings)
+    return None
+
+
+def _unit_lease(
+    desk: Desk, lease_id: str, row: dict[str, Any], run: dict[str, Any], settings: PoolSettings
+) -> Lease:
+    spec = UnitSpec(
+        positions=to_positions(row["positions"]),
+        box_s=settings.unit_s,
+        next_tick_s=next_tick_s(settings, run["elapsed_s"]),
+        overlap_s=settings.overlap * settings.unit_s if settings.strategy == "local" else 0.0,
+        codec=settings.codec,
+        strategy=settings.strategy,
+        seed=run["seed"],
+    )
+    return Lease(
+        id=lease_id,
+        task_id=row["task_id"],
+        kind="unit",
+        run_id=run["id"],
+        ttl_s=desk.lease_ttl_s,
+        recipe=as_type(run["recipe"], RecipeRef),
+        dataset=as_type(run["dataset"], Dataset),
+        layout=as_type(run["layout"], Layout),
+        seed=run["seed"],
+        unit=spec,
+    )
+
+
+def _task_lease(desk: Desk, lease_id: str, row: dict[str, Any], run: dict[str, Any]) -> Lease:
+    return Lease(
+        id=lease_id,
+        task_id=row["task_id"],
+        kind=row["kind"],
+        run_id=run["id"],
+        ttl_s=desk.lease_ttl_s,
+        recipe=as_type(run["recipe"], RecipeRef),
+        dataset=as_type(run["dataset"], Dataset),
+        layout=as_type(run["layout"], Layout) if run["layout"] else None,
+        seed=run["seed"],
+        merge=as_type(row["spec"], MergeSpec) if row["kind"] in ("merge", "init") else None,
+        taste=as_type(row["spec"], TasteSpec) if row["kind"] == "taste" else None,
+    )
+
+
+# --- reports --------------------------------------------------------------------------------------------------------
+
+
+async def report(desk: Desk, caller: Caller, lease_id: str, report: Report) -> ReportAnswer:
+    """Take an outcome once. Refusals are answers, with the reason for the person at the machine."""
+    id_ = _as_uuid(lease_id)
+    async with desk.ledger.transaction() as tx:
+        facts = await tx.row("lease_facts", lease_id=id_)
+    if facts is None:
+        return ReportAnswer(
+            False, "this hub never gave this lease, or forgot it in a crash: its samples are free again"
+        )
+    if facts["worker_id"] != caller.subject:
+        return ReportAnswer(False, "this lease belongs to another worker")
+    if report.outcome == "done":
+        if facts["kind"] == "unit":
+            answer = await _take_unit(desk, caller, id_, facts, report)
+        elif facts["kind"] == "taste":
+            answer = await _take_taste(desk, caller, id_, report)
+        else:
+            answer = await _take_version(desk, caller, id_, report)
+    elif report.outcome == "failed" and report.code == "nan" and facts["kind"] == "unit":
+        answer = await _take_unit(desk, caller, id_, facts, report)
+    elif report.outcome in ("failed", "returned"):
+        answer = await _give_back(desk, caller, id_, report)
+    else:
+        raise BadInput(f"outcome is `{report.outcome}`: it must be done, failed or returned")
+    desk.news.tell("rounds")
+    desk.news.tell("change")
+    return answer
+
+
+async def _take_unit(
+    desk: Desk, caller: Caller, lease_id: uuid.UUID, facts: dict[str, Any], report: Report
+) -> ReportAnswer:
+    fate, reason = "pending", ""
+    if report.outcome == "failed":
+        fate, reason = "rejected", report.reason[:500]
+    elif why := judge_losses(report.metrics):
+        fate, reason = "rejected", why
+    elif report.update is None:
+        raise BadUpdate("a unit that is done must name its update")
+    elif not facts["ended"]:
+        try:
+            _check_file(desk, report.update, as_type(facts["layout"], Layout), report.codec)
+            _check_numbers(report, facts["version"])
+        except BadUpdate as error:
+            fate, reason = "rejected", str(error)
+    update = report.update or Blob("", 0)
+    done = report.done if report.outcome == "done" else []
+    async with desk.ledger.transaction() as tx:
+        row = await tx.row(
+            "report_unit",
+            lease_id=lease_id,
+            worker_id=caller.subject,
+            done=to_multirange(done),
+            steps=max(report.steps, 0),
+            samples=sum(hi - lo for lo, hi in done) if done else max(report.samples, 0),
+            blob_hash=update.hash,
+            size_bytes=update.size_bytes,
+            codec=report.codec[:16],
+            base_version=report.base_version,
+            losses=as_json(_finite(report.metrics)),
+            seconds=max(report.seconds, 0.0),
+            bytes_up=max(report.bytes_up, 0),
+            bytes_down=max(report.bytes_down, 0),
+            fate=fate,
+            fate_reason=reason,
+        )
+        assert row is not None
+        verdict = row["verdict"]
+        if verdict == "ok" and fate == "rejected":
+            text = f"unit {row['task_id']} of {caller.name} was rejected: {reason}"
+            await note(
+                tx, "unit.rejected", str(row["task_id"]), text, run_id=row["run_id"], actor=caller.name
+            )
+    match verdict:
+        case "ok" if fate == "rejected":
+            return ReportAnswer(False, f"rejected: {reason}")
+        case "ok":
+            return ReportAnswer(True, "accepted, waits for its merge")
+        case "done":
+            same = facts["reported_blob"] == update.hash
+            return ReportAnswer(
+                same, "accepted before" if same else "this unit was handed in before, otherwise"
+            )
+        case "run_over":
+            return ReportAnswer(False, "superseded: the run is over")
+        case "overreach":
+            raise BadInput("the report claims positions that its lease does not hold")
+        case _:
+            return ReportAnswer(False, f"too late: the lease was {verdict} ({row['reason'] or 'it lapsed'})")
+
+
+def _check_file(desk: Desk, blob: Blob, layout: Layout, codec: str) -> None:
+    """Names, dtypes, shapes and sizes, from the header alone; the values are the merge's business."""
+    path = desk.blobs.path(blob.hash)
+    if not path.exists():
+        raise BadUpdate("its bytes never arrived: upload the blob before the report")
+    with path.open("rb") as file:
+        check_update(file.read(_HEADER_BYTES + 8), path.stat().st_size, layout, codec)
+
+
+def _check_numbers(report: Report, version: int) -> None:
+    if not 0 <= report.base_version <= version:
+        raise BadUpdate(f"it starts from version {report.base_version}, but the run is at {version}")
+    if report.steps < 1 or not report.done:
+        raise BadUpdate("it says that nothing was trained")
+
+
+async def _give_back(desk: Desk, caller: Caller, lease_id: uuid.UUID, report: Report) -> ReportAnswer:
+    async with desk.ledger.transaction() as tx:
+        row = await tx.row(
+            "give_back",
+            lease_id=lease_id,
+            worker_id=caller.subject,
+            only_if_late=False,
+            outcome=report.outcome,
+            reason=report.reason[:500],
+            max_attempts=MAX_ATTEMPTS,
+        )
+        assert row is not None
+        if row["was_live"] and report.outcome == "failed":
+            text = f"{row['kind']} {row['task_id']} failed on {caller.name}: {report.reason[:300]}"
+            await note(
+                tx,
+                row["kind"] + ".failed",
+                str(row["task_id"]),
+                text,
+                run_id=row["run_id"],
+                actor=caller.name,
+            )
+        await tx.notify("work")
+    return ReportAnswer(bool(row["was_live"]), "given back" if row["was_live"] else "it was over already")
+
+
+async def _take_version(desk: Desk, caller: Caller, lease_id: uuid.UUID, report: Report) -> ReportAnswer:
+    """Version 0, or one merge: fates and the version commit together or not at all."""
+    blobs = [blob for blob in (report.delta, report.snapshot, report.state) if blob is not None]
+    async with desk.ledger.transaction() as tx:
+        held = await tx.row("lock_lease", lease_id=lease_id)
+        if held is None or held["ended_at"] is not None:
+            same = held is not None and held["outcome"] == "done"
+            return ReportAnswer(
+                same, "published before" if same else "too late: the lease was given to somebody else"
+            )
+        run = await tx.row("lock_run", run_id=held["run_id"])
+        assert run is not None
+        if run["state"] in ("stopped", "failed", "done"):
+            return ReportAnswer(False, "superseded: the run is over")
+        if report.version != run["version"] + 1:
+            return ReportAnswer(False, f"version {report.version} cannot follow version {run['version']}")
+        known = {row["hash"] for row in await tx.rows("blobs_known", hashes=[blob.hash for blob in blobs])}
+        missing = [blob.hash[:12] for blob in blobs if blob.hash not in known]
+        if missing:
+            raise BadUpdate(f"the bytes of {', '.join(missing)} never arrived: upload before the report")
+        if held["kind"] == "init":
+            await _publish_first(tx, run, report)
+        else:
+            await _publish_merge(tx, run, held, report)
+        await tx.run("end_lease", lease_id=lease_id, outcome="done", reason="")
+        await tx.run("close_task", task_id=held["task_id"], state="done", reason="")
+        await tx.notify(f"version:{run['id']}")
+        if held["kind"] == "init":
+            await tx.notify("work")
+    return ReportAnswer(True, f"version {report.version} is published")
+
+
+async def _publish_first(tx: Transaction, run: dict[str, Any], report: Report) -> None:
+    if report.layout is None or report.snapshot is None:
+        raise BadUpdate("version 0 needs a layout and a snapshot")
+    await tx.run("begin_run", run_id=run["id"], layout=as_json(report.layout))
+    await _add_version(
+        tx,
+        run["id"],
+        report,
+        applied_samples=0,
+        updates=0,
+        active=0,
+        losses={},
+        reason="the beginning",
+        task_id=0,
+    )
+    text = f"{run['id']} begins: {report.layout.param_count:,} parameters"
+    await note(tx, "run.started", run["id"], text, run_id=run["id"])
+
+
+async def _publish_merge(tx: Transaction, run: dict[str, Any], held: dict[str, Any], report: Report) -> None:
+    spec = as_type(held["spec"], MergeSpec)
+    reason = held["spec"].get("reason", "")
+    merged = {
+        row["task_id"]: row
+        for row in await tx.rows("merged_updates", task_id=held["task_id"], run_id=run["id"])
+    }
+    verdicts = {verdict.task_id: verdict for verdict in report.verdicts}
+    if set(verdicts) != set(merged):
+        raise BadUpdate("the merge did not judge exactly the updates that it was given")
+    applied = 0
+    for task_id, verdict in verdicts.items():
+        await tx.run(
+            "settle_update",
+            task_id=task_id,
+            run_id=run["id"],
+            fate=verdict.fate,
+            reason=verdict.reason[:500],
+            version=report.version,
+            weight=verdict.weight,
+            norm=verdict.norm,
+            cosine=verdict.cosine,
+        )
+        if verdict.fate in ("applied", "late"):
+            applied += merged[task_id]["samples"]
+        else:
+            text = f"unit {task_id} was {verdict.fate} in the merge: {verdict.reason}"
+            await note(tx, "unit." + verdict.fate, str(task_id), text, run_id=run["id"])
+    losses = _mean_losses([merged[t] for t, v in verdicts.items() if v.fate in ("applied", "late")])
+    await tx.run("advance_run", run_id=run["id"], version=report.version)
+    await _add_version(
+        tx,
+        run["id"],
+        report,
+        applied_samples=spec.applied_samples + applied,
+        updates=len(verdicts),
+        active=spec.active,
+        losses=losses,
+        reason=reason,
+        task_id=held["task_id"],
+    )
+
+
+async def _add_version(tx: Transaction, run_id: str, report: Report, *, losses: Json, **facts: Any) -> None:
+    def blob(value: Blob | None) -> str | None:
+        return None if value is None else as_json(value)
+
+    await tx.run(
+        "add_version",
+        run_id=run_id,
+        number=report.version,
+        weights_sha256=report.weights_sha256,
+        codec=report.codec,
+        delta=blob(report.delta),
+        snapshot=blob(report.snapshot),
+        state=blob(report.state),
+        losses=as_json(losses),
+        metrics=as_json(_finite(report.metrics)),
+        **facts,
+    )
+
+
+def _mean_losses(rows: list[dict[str, Any]]) -> dict[str, float]:
+    total = sum(row["samples"] for row in rows)
+    names = sorted({name for row in rows for name in row["losses"]})
+    return {
+        name: sum(row["losses"].get(name, 0.0) * row["samples"] for row in rows) / total
+        for name in names
+        if total
+    }
+
+
+async def _take_taste(desk: Desk, caller: Caller, lease_id: uuid.UUID, report: Report) -> ReportAnswer:
+    async with desk.ledger.transaction() as tx:
+        held = await tx.row("lock_lease", lease_id=lease_id)
+        if held is None or held["ended_at"] is not None:
+            return ReportAnswer(False, "too late: the lease was given to somebody else")
+        spec = as_type(held["spec"], TasteSpec)
+        version = await tx.row("version", run_id=held["run_id"], number=spec.version.number)
+        await tx.run(
+            "add_taste",
+            run_id=held["run_id"],
+            version=spec.version.number,
+            samples=version["applied_samples"] if version else 0,
+            image=as_json(report.image) if report.image else None,
+            metrics=as_json(_finite(report.metrics)),
+        )
+        await tx.run("end_lease", lease_id=lease_id, outcome="done", reason="")
+        await tx.run("close_task", task_id=held["task_id"], state="done", reason="")
+        await tx.notify("taste:" + held["run_id"])
+    return ReportAnswer(True, f"version {spec.version.number} was tasted")
+
+
+# --- heartbeats -----------------------------------------------------------------------------------------------------
+
+
+async def heartbeat(desk: Desk, caller: Caller, request: HeartbeatRequest) -> HeartbeatAnswer:
+    """Renew the leases that are still this worker's; say which are not, and which to finish now."""
+    beats = request.leases[:64]
+    ids = [_as_uuid(beat.lease_id) for beat in beats]
+    async with desk.ledger.transaction(relaxed=True) as tx:
+        await tx.run(
+            "touch_worker",
+            worker_id=caller.subject,
+            state=request.state if request.state in _STATES else None,
+        )
+        if ids:
+            await tx.run(
+                "renew",
+                ids=ids,
+                steps=[max(beat.steps, 0) for beat in beats],
+                samples=[max(beat.samples, 0) for beat in beats],
+                rates=[max(beat.samples_per_s, 0.0) for beat in beats],
+                worker_id=caller.subject,
+                ttl=timedelta(seconds=desk.lease_ttl_s),
+            )
+        fates = {row["id"]: row for row in await tx.rows("fate_of_leases", ids=ids, worker_id=caller.subject)}
+        credit = await tx.row("credit_of_worker", worker_id=caller.subject)
+    drop = [str(id_) for id_ in ids if id_ not in fates or fates[id_]["ended"]]
+    hand_in = [
+        str(id_) for id_, row in fates.items() if not row["ended"] and row["kind"] == "unit" and _is_over(row)
+    ]
+    desk.news.tell("change")
+    return HeartbeatAnswer(drop=drop, hand_in=hand_in, samples_applied=credit["applied"] if credit else 0)
+
+
+_STATES = ("idle", "working", "leaving")
+
+
+def _is_over(row: dict[str, Any]) -> bool:
+    timed_out = (
+        row["duration_s"] is not None
+        and row["elapsed_s"] is not None
+        and row["elapsed_s"] >= row["duration_s"]
+    )
+    return timed_out or row["run_state"] in ("paused", "finishing")
+
+
+async def leave(desk: Desk, caller: Caller) -> None:
+    """The worker goes: what it still holds is free at once."""
+    async with desk.ledger.transaction() as tx:
+        for lease in await tx.rows("live_leases_of_worker", worker_id=caller.subject):
+            await tx.run(
+                "give_back",
+                lease_id=lease["id"],
+                worker_id=caller.subject,
+                only_if_late=False,
+                outcome="returned",
+                reason="the worker left",
+                max_attempts=MAX_ATTEMPTS,
+            )
+        await tx.run("touch_worker", worker_id=caller.subject, state="left")
+        await note(tx, "worker.left", caller.subject, f"{caller.name} left", actor=caller.name)
+        await tx.notify("work")
+    desk.news.tell("change")
+
+
+async def expire(desk: Desk) -> int:
+    """Give back every lease whose worker fell silent. Returns how many."""
+    async with desk.ledger.transaction() as tx:
+        late = await tx.rows("late_leases")
+    for row in late:
+        async with desk.ledger.transaction() as tx:
+            ended = await tx.row(
+                "give_back",
+                lease_id=row["id"],
+                worker_id=None,
+                only_if_late=True,
+                outcome="lost",
+                reason=f"no sign of life for {desk.lease_ttl_s:g} s",
+                max_attempts=MAX_ATTEMPTS,
+            )
+            if ended is None or not ended["was_live"]:
+                continue
+            text = f"{row['kind']} {row['task_id']} was lost: its worker fell silent for {desk.lease_ttl_s:g} s; somebody else gets it"
+            await note(tx, row["kind"] + ".lost", str(row["task_id"]), text, run_id=row["run_id"])
+            await tx.notify("work")
+        desk.news.tell("rounds")
+    return len(late)
+
+
+# --- forms ----------------------------------------------------------------------------------------------------------
+
+
+def _as_uuid(text: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        raise NotFound(f"`{text[:60]}` is not a lease") from None
+
+
+def _finite(values: dict[str, float]) -> dict[str, float]:
+    """Without NaN and infinities, which JSON does not have."""
+    return {
+        name[:60]: float(v) for name, v in list(values.items())[:100] if v == v and abs(v) != float("inf")
+    }

@@ -1,0 +1,74 @@
+"""Who merges when nobody else is trusted? The house worker: an ordinary agent, in a process of its own, on this machine.
+
+It keeps its credential in the hub's data folder. If it dies it is started again; if the hub dies it goes on knocking,
+and the next hub finds it by its lock and does not start a second one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from potluck.hub.commands import people
+from potluck.hub.commands.desk import Desk
+from potluck.protocol import InviteRequest
+from potluck.telemetry import logger
+
+log = logger("hub.house")
+_ALREADY_RUNNING = 5  # exit code of an agent whose home is in use
+
+
+async def keep(desk: Desk, home: Path, address: str) -> None:
+    """Run the house worker for ever."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    pause = 0.5
+    while True:
+        started = asyncio.get_running_loop().time()
+        code = await _run_once(desk, home, address)
+        if code == _ALREADY_RUNNING:
+            await asyncio.sleep(5)  # the one of the hub before us; take over when it ends
+            continue
+        lived = asyncio.get_running_loop().time() - started
+        pause = 0.5 if lived > 60 else min(pause * 2, 30)
+        log.warning("house.ended", code=code, again_in_s=pause)
+        await asyncio.sleep(pause)
+
+
+async def _run_once(desk: Desk, home: Path, address: str) -> int:
+    request = InviteRequest("worker", uses=1, ttl_s=600, name="house", trusted=True)
+    link = (await people.invite(desk, request, actor="the hub")).code
+    target = f"{address}/j/{link}" + (f"#fp={desk.fingerprint}" if desk.fingerprint else "")
+    # The link goes by the environment: other users of this machine can read command lines.
+    environment = {**os.environ, "POTLUCK_JOIN_LINK": target}
+    with (home / "agent.log").open("ab") as output:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "potluck.cli",
+            "join",
+            "--home",
+            str(home),
+            "--name",
+            "house",
+            "--device",
+            "auto",
+            "--no-screen",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        return await process.wait()
+    except asyncio.CancelledError:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), 12)
+        if process.returncode is None:
+            process.kill()
+        raise

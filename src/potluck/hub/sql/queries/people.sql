@@ -1,0 +1,100 @@
+-- name: add_invite
+INSERT INTO invites (id, code_sha256, role, trusted, name, uses, expires_at, created_by)
+VALUES (%(id)s, %(code_sha256)s, %(role)s, %(trusted)s, %(name)s, %(uses)s, now() + %(ttl)s, %(created_by)s)
+RETURNING expires_at;
+
+-- name: invites
+SELECT id, role, trusted, name, uses, used, created_at, expires_at, revoked_at,
+    revoked_at IS NULL AND expires_at > now() AND used < uses AS usable
+FROM invites ORDER BY created_at DESC LIMIT 200;
+
+-- name: use_invite
+-- Takes one use, if there is one; locked, so that the last use goes to one machine only.
+WITH wanted AS (
+    SELECT *, CASE WHEN revoked_at IS NOT NULL THEN 'revoked'
+                   WHEN expires_at <= now() THEN 'expired'
+                   WHEN used >= uses THEN 'used up' ELSE 'ok' END AS verdict
+    FROM invites WHERE code_sha256 = %(code_sha256)s FOR UPDATE
+), taken AS (
+    UPDATE invites SET used = invites.used + 1 FROM wanted WHERE invites.id = wanted.id AND wanted.verdict = 'ok'
+)
+SELECT id, role, trusted, name, uses, used, verdict, expires_at FROM wanted;
+
+-- name: peek_invite
+SELECT role, expires_at, revoked_at IS NULL AND expires_at > now() AND used < uses AS usable
+FROM invites WHERE code_sha256 = %(code_sha256)s;
+
+-- name: revoke_invite
+-- The link and everybody who came by it.
+WITH gone AS (
+    UPDATE invites SET revoked_at = COALESCE(revoked_at, now()) WHERE id = %(id)s RETURNING id
+), credential AS (
+    UPDATE credentials SET revoked_at = now() FROM gone
+    WHERE credentials.invite_id = gone.id AND credentials.revoked_at IS NULL RETURNING subject
+), worker AS (
+    UPDATE workers SET revoked_at = now() FROM credential WHERE workers.id = credential.subject
+)
+SELECT (SELECT count(*) FROM gone) AS found, (SELECT array_agg(subject) FROM credential) AS subjects;
+
+-- name: add_credential
+INSERT INTO credentials (token_sha256, role, subject, name, invite_id)
+VALUES (%(token_sha256)s, %(role)s, %(subject)s, %(name)s, %(invite_id)s)
+ON CONFLICT (token_sha256) DO NOTHING RETURNING subject;
+
+-- name: put_admin
+INSERT INTO credentials (token_sha256, role, subject, name) VALUES (%(token_sha256)s, 'admin', %(subject)s, 'admin')
+ON CONFLICT (token_sha256) DO NOTHING;
+
+-- name: credential
+SELECT credentials.role, credentials.subject, credentials.name,
+    credentials.revoked_at IS NOT NULL AS revoked, COALESCE(workers.trusted, false) AS trusted
+FROM credentials LEFT JOIN workers ON workers.id = credentials.subject
+WHERE credentials.token_sha256 = %(token_sha256)s;
+
+-- name: worker_names
+SELECT name FROM workers WHERE name LIKE %(prefix)s;
+
+-- name: add_worker
+INSERT INTO workers (id, name, device, share, trusted, hardware)
+VALUES (%(id)s, %(name)s, %(device)s, %(share)s, %(trusted)s, %(hardware)s);
+
+-- name: update_worker
+UPDATE workers SET device = %(device)s, share = %(share)s WHERE id = %(id)s AND (device, share) <> (%(device)s, %(share)s);
+
+-- name: revoke_worker
+WITH gone AS (
+    UPDATE workers SET revoked_at = COALESCE(revoked_at, now()) WHERE id = %(id)s OR name = %(id)s RETURNING id, name
+), credential AS (
+    UPDATE credentials SET revoked_at = now() FROM gone WHERE credentials.subject = gone.id
+)
+SELECT id, name FROM gone;
+
+-- name: other_workers_live
+SELECT EXISTS (
+    SELECT FROM workers WHERE id <> %(worker_id)s AND NOT trusted AND revoked_at IS NULL AND state <> 'left'
+        AND last_seen > now() - interval '30 seconds') AS live;
+
+-- name: trusted_worker_live
+SELECT EXISTS (
+    SELECT FROM workers WHERE trusted AND revoked_at IS NULL AND state <> 'left'
+        AND last_seen > now() - interval '40 seconds') AS live;
+
+-- name: workers
+SELECT w.*, w.last_seen > now() - interval '40 seconds' AS present,
+    live.kind, live.run_id AS doing_run, live.samples AS doing_samples, live.rate, live.task_id,
+    span(tasks.positions) AS doing_of
+FROM workers w
+LEFT JOIN LATERAL (
+    SELECT * FROM leases WHERE leases.worker_id = w.id AND ended_at IS NULL ORDER BY samples DESC, granted_at LIMIT 1
+) live ON true
+LEFT JOIN tasks ON tasks.id = live.task_id
+ORDER BY w.joined_at;
+
+-- name: add_event
+INSERT INTO events (kind, subject, run_id, actor, text) VALUES (%(kind)s, %(subject)s, %(run_id)s, %(actor)s, %(text)s);
+
+-- name: events
+SELECT id, at, kind, subject, actor, text FROM (
+    SELECT * FROM events
+    WHERE id > %(after)s AND (%(run_id)s::text IS NULL OR run_id = %(run_id)s) ORDER BY id DESC LIMIT %(limit)s
+) newest ORDER BY id;

@@ -1,0 +1,159 @@
+"""How are statements found, connections pooled, the schema migrated and news passed on?"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import msgspec
+import psycopg
+import psycopg.errors
+from psycopg import AsyncConnection
+from psycopg.rows import DictRow, dict_row
+from psycopg.types.json import set_json_dumps, set_json_loads
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from potluck.errors import LedgerError, TryLater
+from potluck.telemetry import logger
+
+log = logger("hub.ledger")
+Rows = list[dict[str, Any]]
+CHANNEL = "potluck"
+_MIGRATION_LOCK = 0x706F746C  # "potl"
+
+set_json_dumps(lambda value: msgspec.json.encode(value).decode())
+set_json_loads(msgspec.json.decode)
+
+
+@cache
+def statements() -> Mapping[str, str]:
+    """Every named statement of hub/sql/queries: `-- name: lease_unit` starts one."""
+    found: dict[str, str] = {}
+    folder = resources.files("potluck.hub") / "sql" / "queries"
+    for file in sorted(folder.iterdir(), key=lambda f: f.name):
+        parts = re.split(r"^-- name: (\w+)\n", file.read_text("utf-8"), flags=re.MULTILINE)
+        for name, text in zip(parts[1::2], parts[2::2], strict=True):
+            if name in found:
+                raise LedgerError(f"two statements are called {name}: rename one in {file.name}")
+            found[name] = text.strip().rstrip(";")
+    return found
+
+
+def migrations() -> list[tuple[int, str, str]]:
+    """(number, name, text) of every migration, in order."""
+    folder = resources.files("potluck.hub") / "sql" / "migrations"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".sql")), key=lambda f: f.name)
+    return [(int(f.name.split("_")[0]), f.name, f.read_text("utf-8")) for f in files]
+
+
+class Transaction:
+    """One open transaction; statements by name."""
+
+    def __init__(self, connection: AsyncConnection[DictRow]) -> None:
+        self._connection = connection
+
+    async def rows(self, statement: str, /, **values: Any) -> Rows:
+        cursor = await self._connection.execute(statements()[statement], values)
+        return await cursor.fetchall() if cursor.description else []
+
+    async def row(self, statement: str, /, **values: Any) -> dict[str, Any] | None:
+        rows = await self.rows(statement, **values)
+        return rows[0] if rows else None
+
+    async def run(self, statement: str, /, **values: Any) -> int:
+        """How many rows the statement touched."""
+        return (await self._connection.execute(statements()[statement], values)).rowcount
+
+    async def relaxed(self) -> None:
+        """Commit without waiting for the disk: for what a crash may forget without harm (leases, heartbeats)."""
+        await self._connection.execute("SET LOCAL synchronous_commit TO off")
+
+    async def notify(self, news: str) -> None:
+        """Tell every hub copy, when this transaction commits. Never on the hot path: NOTIFY serialises commits."""
+        await self._connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, news))
+
+
+class Ledger:
+    """The hub's PostgreSQL. `open` migrates it; `transaction` is the way in."""
+
+    def __init__(self, dsn: str, *, pool_size: int = 12) -> None:
+        self.dsn = dsn
+        self._pool: AsyncConnectionPool[AsyncConnection[DictRow]] = AsyncConnectionPool(
+            dsn,
+            min_size=2,
+            max_size=pool_size,
+            open=False,
+            timeout=8,
+            kwargs={"row_factory": dict_row, "application_name": "potluck-hub"},
+            check=AsyncConnectionPool.check_connection,
+        )
+
+    async def open(self) -> None:
+        """Connect and bring the schema up to date. Only one hub copy migrates at a time."""
+        await self._pool.open()
+        try:
+            async with self._pool.connection() as connection:
+                await migrate(connection)
+        except (psycopg.Error, PoolTimeout) as error:
+            raise LedgerError(f"the ledger cannot be prepared: {str(error).strip()}") from error
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    @contextlib.asynccontextmanager
+    async def transaction(self, *, relaxed: bool = False) -> AsyncIterator[Transaction]:
+        """One transaction; a lost connection or a full pool is `TryLater`, since the hub itself is well."""
+        try:
+            async with self._pool.connection() as connection:
+                transaction = Transaction(connection)
+                if relaxed:
+                    await transaction.relaxed()
+                yield transaction
+        except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
+            raise TryLater(
+                f"the ledger does not answer, try again in a moment: {str(error).strip()}"
+            ) from error
+
+    async def listen(self, heard: Callable[[str], None]) -> None:
+        """Call `heard` with every piece of news, for ever; reconnects, and then says "" (something may be missed)."""
+        while True:
+            try:
+                async with await AsyncConnection.connect(self.dsn, autocommit=True) as connection:
+                    await connection.execute(f"LISTEN {CHANNEL}")
+                    heard("")
+                    async for notification in connection.notifies():
+                        heard(notification.payload)
+            except psycopg.Error as error:
+                log.warning("ledger.listen_lost", reason=str(error).strip())
+            await asyncio.sleep(1)
+
+
+async def migrate(connection: AsyncConnection[DictRow]) -> list[str]:
+    """Apply what is missing, each migration in its own transaction. Returns the names applied."""
+    applied: list[str] = []
+    async with connection.transaction():
+        await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_MIGRATION_LOCK,))
+        await connection.execute(
+            "CREATE TABLE IF NOT EXISTS migrations"
+            " (number integer PRIMARY KEY, name text NOT NULL, at timestamptz NOT NULL DEFAULT now())"
+        )
+        cursor = await connection.execute("SELECT max(number) AS newest FROM migrations")
+        newest = ((await cursor.fetchone()) or {}).get("newest") or 0
+        known = migrations()
+        if newest > known[-1][0]:
+            raise LedgerError(
+                f"this ledger was migrated to {newest} by a newer Potluck; this one knows {known[-1][0]}: upgrade the hub"
+            )
+        for number, name, text in known:
+            if number > newest:
+                await connection.execute(text)
+                await connection.execute(
+                    "INSERT INTO migrations (number, name) VALUES (%s, %s)", (number, name)
+                )
+                applied.append(name)
+    return applied
