@@ -267,6 +267,7 @@ class LeaseRequest:
     share: float = 1.0
     device: str = "cpu"
     samples_per_s: dict[str, float] = field(default_factory=dict)  # measured, by run id
+    except_runs: list[str] = field(default_factory=list)  # those that fail on this machine again and again
 
 
 @dataclass(frozen=True)

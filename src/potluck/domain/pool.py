@@ -45,6 +45,8 @@ class PoolSettings:
         _within("overlap", self.overlap, 0, 0.2)
         _within("quorum", self.quorum, 0, 1)
         _within("s_max", self.s_max, 0, 1000)
+        _within("outer_lr", self.outer_lr, -1, 100)
+        _within("momentum", self.momentum, -1, 0.999999)
         _within("ema_decay", self.ema_decay, 0, 0.999999)
         _within("taste_every_s", self.taste_every_s, 0, 10**9)
         _within("taste_count", self.taste_count, 1, 1024)
@@ -82,7 +84,7 @@ def _coerce(name: str, value: Any, kind: type) -> Any:
         raise BadInput(f"{name} is {value!r}: it must be a {kind.__name__}")
     try:
         return kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise BadInput(f"{name} is `{value}`: it must be a {kind.__name__}") from None
 
 
@@ -90,6 +92,8 @@ def _coerce(name: str, value: Any, kind: type) -> Any:
 
 FIRST_UNIT_SAMPLES = 4096
 """What a worker of unknown speed is offered; what it does not reach in its time box goes back."""
+MOST_UNIT_SAMPLES = 10**9
+"""However fast a worker claims to be."""
 
 
 def unit_size(settings: PoolSettings, samples_per_s: float | None) -> int:
@@ -100,9 +104,9 @@ def unit_size(settings: PoolSettings, samples_per_s: float | None) -> int:
     """
     if settings.unit_samples:
         return settings.unit_samples
-    if not samples_per_s:
+    if not samples_per_s or not math.isfinite(samples_per_s):
         return FIRST_UNIT_SAMPLES
-    return max(64, math.ceil(1.7 * settings.unit_s * samples_per_s))
+    return max(64, math.ceil(min(1.7 * settings.unit_s * samples_per_s, MOST_UNIT_SAMPLES)))
 
 
 def next_tick_s(settings: PoolSettings, elapsed_s: float) -> float:

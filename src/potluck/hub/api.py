@@ -6,25 +6,22 @@ Every route names who may call it (`roles`); `tests/security/test_access.py` wal
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from http import HTTPStatus
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 import potluck
 from potluck.domain import access
-from potluck.errors import BadInput, NotAllowed, NotFound, PotluckError, TryLater
+from potluck.errors import BadInput, NotFound, PotluckError, TryLater
 from potluck.hub.commands import files, people, runs, work
-from potluck.hub.commands.desk import Caller, Desk
+from potluck.hub.entrance import Asking, At, problem, roles
 from potluck.protocol import (
     OLDEST_PROTOCOL,
     PROTOCOL,
-    PROTOCOL_HEADER,
     Contribution,
     Curve,
     Event,
@@ -38,7 +35,6 @@ from potluck.protocol import (
     Json,
     Lease,
     LeaseRequest,
-    Problem,
     Report,
     ReportAnswer,
     RunRequest,
@@ -52,49 +48,9 @@ from potluck.protocol import (
 )
 from potluck.telemetry import logger
 
-SESSION_COOKIE = "potluck_session"
 log = logger("hub.api")
 
 
-def desk_of(request: Request) -> Desk:
-    desk: Desk = request.app.state.desk
-    return desk
-
-
-async def caller_of(request: Request) -> Caller:
-    """Who asks: a bearer token, or for looking only (GET) the page's session cookie."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        token = request.cookies.get(SESSION_COOKIE, "") if request.method in ("GET", "HEAD") else ""
-    theirs = request.headers.get(PROTOCOL_HEADER, "")
-    if theirs.isdecimal():
-        people.check_protocol(int(theirs))
-    return await people.authenticate(desk_of(request), token.strip())
-
-
-def require(roles: frozenset[str]) -> Callable[[Request], Awaitable[Caller]]:
-    async def check(request: Request) -> Caller:
-        if "nobody" in roles:
-            return Caller("nobody", "", "")
-        caller = await caller_of(request)
-        if caller.role not in roles:
-            allowed = ", ".join(sorted(roles))
-            raise NotAllowed(f"a {caller.role} may not do this: it takes the role {allowed}")
-        return caller
-
-    return check
-
-
-def roles(allowed: frozenset[str]) -> dict[str, Any]:
-    """Arguments of a route: who may call it, enforced and written into the OpenAPI document."""
-    return {
-        "dependencies": [Depends(require(allowed))],
-        "openapi_extra": {"x-roles": sorted(allowed)},
-    }
-
-
-Asking = Annotated[Caller, Depends(caller_of)]
-At = Annotated[Desk, Depends(desk_of)]
 api = APIRouter(prefix="/api/v1")
 health = APIRouter()
 
@@ -193,22 +149,16 @@ async def upload_status(desk: At, upload_id: str) -> UploadAnswer:
 
 
 @api.patch("/uploads/{upload_id}", **roles(access.GIVERS))
-async def append(
-    desk: At, request: Request, upload_id: str, offset: Annotated[int, Query(ge=0)]
-) -> UploadAnswer:
+async def append(desk: At, request: Request, upload_id: str, offset: Annotated[int, Query(ge=0)]) -> UploadAnswer:
     piece = bytearray()
     async for part in request.stream():
         piece += part
         if len(piece) > files.MAX_PIECE_BYTES:
-            raise BadInput(
-                f"a piece may have at most {files.MAX_PIECE_BYTES:,} bytes: send the blob in several"
-            )
+            raise BadInput(f"a piece may have at most {files.MAX_PIECE_BYTES:,} bytes: send the blob in several")
     return await files.append(desk, upload_id, offset, bytes(piece))
 
 
-@api.api_route(
-    "/blobs/{hash_}", methods=["GET", "HEAD"], response_class=FileResponse, **roles(access.ANYBODY)
-)
+@api.api_route("/blobs/{hash_}", methods=["GET", "HEAD"], response_class=FileResponse, **roles(access.ANYBODY))
 async def blob(desk: At, hash_: str) -> FileResponse:
     """The bytes; ranges are honoured. Always as a download, never as something a browser would run."""
     path = desk.blobs.path(hash_)
@@ -272,9 +222,7 @@ async def stop(desk: At, caller: Asking, run: str) -> RunView:
 
 
 @api.get("/runs/{run}/versions", **roles(access.ANYBODY))
-async def versions(
-    desk: At, run: str, after: Annotated[int, Query(ge=-1)] = -1, wait: Wait = 0
-) -> list[Version]:
+async def versions(desk: At, run: str, after: Annotated[int, Query(ge=-1)] = -1, wait: Wait = 0) -> list[Version]:
     return await runs.versions(desk, run, after, wait)
 
 
@@ -311,12 +259,6 @@ async def why(desk: At, subject: str) -> Why:
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-def problem(status: int, code: str, detail: str) -> JSONResponse:
-    body = Problem(f"urn:potluck:{code}", HTTPStatus(status).phrase, status, detail, code)
-    headers = {"Retry-After": "2"} if status == 503 else {}
-    return JSONResponse(msgspec.to_builtins(body), status, headers, media_type="application/problem+json")
-
-
 def install(app: FastAPI) -> None:
     """Routes and error answers."""
     app.include_router(health)
@@ -330,9 +272,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def misfit(request: Request, error: RequestValidationError) -> JSONResponse:
-        places = "; ".join(
-            f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()[:5]
-        )
+        places = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()[:5])
         return problem(422, BadInput.code, f"the request does not fit: {places}")
 
     @app.exception_handler(HTTPException)

@@ -52,7 +52,7 @@ def make_app(desk: Desk, *background: Background) -> FastAPI:
         for task in tasks:
             task.add_done_callback(_tell_if_dead)
         yield
-        desk.news.tell("")
+        desk.news.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -141,9 +141,21 @@ def _serve(settings: HubSettings, listener: socket.socket, dsn: str, postgres: E
         ssl_keyfile=tls.key if tls else None,
         server_header=False,
     )
-    server = uvicorn.Server(config)
+    server = Server(config, desk)
     server.run(sockets=[listener])
     return 0 if server.started else 1
+
+
+class Server(uvicorn.Server):
+    """Wakes those who wait before uvicorn begins to wait for them: the lifespan would only do it afterwards."""
+
+    def __init__(self, config: uvicorn.Config, desk: Desk) -> None:
+        super().__init__(config)
+        self._desk = desk
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._desk.news.close()
+        await super().shutdown(sockets)
 
 
 @dataclass(frozen=True)

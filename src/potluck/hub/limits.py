@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from potluck.hub.api import problem
+from potluck.hub.entrance import problem
 from potluck.protocol import PROTOCOL, PROTOCOL_HEADER
 
 MAX_BODY_BYTES = 16 << 20

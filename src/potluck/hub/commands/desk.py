@@ -24,6 +24,12 @@ class News:
     def __init__(self) -> None:
         self._count: dict[str, int] = defaultdict(int)
         self._waiting: dict[str, set[asyncio.Future[None]]] = defaultdict(set)
+        self.closed = False
+
+    def close(self) -> None:
+        """The hub stops: whoever waits is woken, and should end instead of waiting again."""
+        self.closed = True
+        self.tell("")
 
     def ticket(self, topic: str) -> tuple[str, int]:
         return topic, self._count[topic]
@@ -90,6 +96,11 @@ def as_json(value: Any) -> str:
 
 def as_blob(value: Json | None) -> Blob | None:
     return None if value is None else as_type(value, Blob)
+
+
+def fair_share(claimed: float) -> float:
+    """The part of its machine that a worker gives, between a hundredth and all; all, if it sent nonsense."""
+    return min(max(claimed, 0.01), 1.0) if claimed == claimed else 1.0
 
 
 def new_id(length: int = 5) -> str:

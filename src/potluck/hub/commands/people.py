@@ -11,7 +11,7 @@ from typing import Any
 from potluck.domain.access import ROLES
 from potluck.domain.names import clean_name, unique_name
 from potluck.errors import BadInput, NotAllowed, NotFound, NotKnown, VersionMismatch
-from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, new_id, note
+from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, fair_share, new_id, note
 from potluck.protocol import (
     OLDEST_PROTOCOL,
     PROTOCOL,
@@ -72,7 +72,7 @@ async def invite(desk: Desk, request: InviteRequest, *, actor: str) -> InviteAns
         raise BadInput(f"the link would be valid for {request.ttl_s:g} s: choose between a second and a year")
     if request.trusted and request.role != "worker":
         raise BadInput("only a worker can be trusted with merges")
-    code = "-".join("".join(secrets.choice(_CODE_LETTERS) for _ in range(4)) for _ in range(4))  # 79 bits
+    code = request.role[0] + "-" + "-".join("".join(secrets.choice(_CODE_LETTERS) for _ in range(4)) for _ in range(4))  # 79 bits
     async with desk.ledger.transaction() as tx:
         id_ = "i-" + new_id()
         row = await tx.row(
@@ -147,7 +147,7 @@ async def join(desk: Desk, request: JoinRequest) -> JoinAnswer:
                 id=subject,
                 name=name,
                 device=clean_name(request.device, "cpu"),
-                share=min(max(request.share, 0.01), 1.0),
+                share=fair_share(request.share),
                 trusted=link["trusted"],
                 hardware=as_json(request.hardware),
             )

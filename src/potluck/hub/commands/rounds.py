@@ -162,9 +162,10 @@ async def _finish(
     if (newest is None or newest["version"] < run["version"]) and not _taste_failed(run, failed):
         await _mint_taste(tx, run, settings)
         return Settled(f"last taste, of version {run['version']}")
-    await tx.run("set_state", run_id=run["id"], state="done", reason=run["reason"])
-    text = f"{run['id']} is done at version {run['version']}: {run['reason']}"
-    await note(tx, "run.done", run["id"], text, run_id=run["id"])
+    state = "stopped" if run["reason"].startswith("stopped") else "done"
+    await tx.run("set_state", run_id=run["id"], state=state, reason=run["reason"])
+    text = f"{run['id']} is {state} at version {run['version']}: {run['reason']}"
+    await note(tx, f"run.{state}", run["id"], text, run_id=run["id"])
     await tx.notify("work")
     return Settled(text)
 
@@ -176,11 +177,17 @@ async def _fail(tx: Transaction, run: dict[str, Any], task: dict[str, Any]) -> S
         else f"merge {task['id']} failed again and again"
     )
     reason = f"{what}: {task['reason']}"
-    await tx.run("cancel_open_tasks", run_id=run["id"], reason=reason)
+    await cancel_all(tx, run["id"], reason)
     await tx.run("set_state", run_id=run["id"], state="failed", reason=reason)
     await note(tx, "run.failed", run["id"], f"{run['id']} failed: {reason}", run_id=run["id"])
     await tx.notify("work")
     return Settled(reason)
+
+
+async def cancel_all(tx: Transaction, run_id: str, reason: str) -> None:
+    """End whatever is under way in a run, whose row is locked; every position that is not in the model is free again."""
+    await tx.run("cancel_open_tasks", run_id=run_id, reason=reason)
+    await tx.run("supersede_pending", run_id=run_id, reason=reason)
 
 
 def _version(row: dict[str, Any]) -> Version:

@@ -11,7 +11,7 @@ from potluck.domain.names import clean_name
 from potluck.domain.pool import PoolSettings
 from potluck.errors import BadInput, Conflict, NotFound
 from potluck.hub.commands.desk import Desk, as_blob, as_json, as_type, new_id, note
-from potluck.hub.commands.rounds import merge_policy
+from potluck.hub.commands.rounds import cancel_all, merge_policy
 from potluck.hub.store import Transaction
 from potluck.protocol import (
     Contribution,
@@ -60,7 +60,7 @@ async def create(desk: Desk, request: RunRequest, *, actor: str, key: str | None
             raise BadInput(f"upload these first: {', '.join(missing[:5])}")
         stem = clean_name(request.recipe.name, "run").lower().replace(" ", "-")[:20]
         run_id = f"{stem}-{new_id(4)}"
-        await tx.run(
+        added = await tx.run(
             "add_run",
             id=run_id,
             name=clean_name(request.name, run_id),
@@ -73,6 +73,8 @@ async def create(desk: Desk, request: RunRequest, *, actor: str, key: str | None
             created_by=actor,
             key=key,
         )
+        if not added and (old := await tx.row("run_by_key", key=key)):
+            return await _view(tx, old["id"])  # the same request, at the same moment
         await tx.run("add_supply", run_id=run_id, target=request.samples)
         first = MergeSpec(Version(-1, ""), None, [], 1, merge_policy(settings), 0, True)
         await tx.row("mint_task", run_id=run_id, kind="init", spec=as_json(first))
@@ -127,7 +129,10 @@ _MOVES = {  # verb: (from, to)
 
 
 async def move(desk: Desk, ref: str, verb: str, *, actor: str) -> RunView:
-    """Pause (workers hand in what they have), resume, or stop. Doing it twice is not an error."""
+    """Pause (workers hand in what they have), resume, or stop. Doing it twice is not an error.
+
+    Stop merges what is handed in and tastes the result; a second stop, or one that nobody could carry out, is at once.
+    """
     sources, target = _MOVES[verb]
     async with desk.ledger.transaction() as tx:
         run_id = await find(tx, ref)
@@ -136,14 +141,16 @@ async def move(desk: Desk, ref: str, verb: str, *, actor: str) -> RunView:
         if run["state"] == target:
             return await _view(tx, run_id)
         if run["state"] not in sources:
-            raise Conflict(
-                f"{run_id} is {run['state']}: only a run that is {' or '.join(sorted(sources))} can be {target}"
-            )
-        reason = f"{verb} by {actor}"
+            raise Conflict(f"{run_id} is {run['state']}: only a run that is {' or '.join(sorted(sources))} can be {target}")
+        reason = "" if verb == "resume" else f"{target} by {actor}"
         if verb == "stop":
-            await tx.run("cancel_open_tasks", run_id=run_id, reason="the run was stopped")
-        await tx.run("set_state", run_id=run_id, state=target, reason=reason if verb != "resume" else "")
-        await note(tx, "run." + target, run_id, f"{actor}: {verb} {run_id}", run_id=run_id, actor=actor)
+            trusted = await tx.row("trusted_worker_live")
+            if run["state"] in ("running", "paused") and trusted is not None and trusted["live"]:
+                target = "finishing"
+            else:
+                await tx.run("cancel_open_tasks", run_id=run_id, reason="the run was stopped")
+        await tx.run("set_state", run_id=run_id, state=target, reason=reason)
+        await note(tx, f"run.{target}", run_id, f"{actor}: {verb} {run_id}", run_id=run_id, actor=actor)
         await tx.notify("work")
         view = await _view(tx, run_id)
     desk.news.tell("rounds")

@@ -17,9 +17,9 @@ from potluck.domain.pool import (
 )
 from potluck.domain.tensorfile import check_update
 from potluck.errors import BadInput, BadUpdate, NotFound
-from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, note
+from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, fair_share, note
 from potluck.hub.store import Transaction
-from potluck.hub.store.positions import to_multirange, to_positions
+from potluck.hub.store.positions import joined, span, to_multirange, to_positions
 from potluck.protocol import (
     Blob,
     Dataset,
@@ -41,6 +41,7 @@ MAX_ATTEMPTS = 4
 """So many leases of one merge or taste may be lost or fail before the hub gives it up."""
 UNITS_AT_ONCE = 2
 """The one at work and the next, leased early so that its data is there in time."""
+FATES = ("applied", "late", "superseded", "rejected")
 _HEADER_BYTES = 1 << 20
 
 
@@ -92,7 +93,7 @@ async def _grant(desk: Desk, caller: Caller, request: LeaseRequest) -> Lease | N
             "update_worker",
             id=caller.subject,
             device=request.device[:20],
-            share=min(max(request.share, 0.01), 1.0),
+            share=fair_share(request.share),
         )
         if caller.trusted:
             others = await tx.row("other_workers_live", worker_id=caller.subject)
@@ -177,7 +178,7 @@ async def report(desk: Desk, caller: Caller, lease_id: str, report: Report) -> R
         elif facts["kind"] == "taste":
             answer = await _take_taste(desk, caller, id_, report)
         else:
-            answer = await _take_version(desk, caller, id_, report)
+            answer = await _take_version(desk, facts, id_, report)
     elif report.outcome == "failed" and report.code == "nan" and facts["kind"] == "unit":
         answer = await _take_unit(desk, caller, id_, facts, report)
     elif report.outcome in ("failed", "returned"):
@@ -206,28 +207,30 @@ async def _take_unit(
         except BadUpdate as error:
             fate, reason = "rejected", str(error)
     update = report.update or Blob("", 0)
-    done = report.done if report.outcome == "done" else []
+    done = joined(report.done) if report.outcome == "done" else []
     async with desk.ledger.transaction() as tx:
         row = await tx.row(
             "report_unit",
             lease_id=lease_id,
             worker_id=caller.subject,
             done=to_multirange(done),
-            steps=max(report.steps, 0),
-            samples=sum(hi - lo for lo, hi in done) if done else max(report.samples, 0),
+            steps=_count(report.steps),
+            samples=span(done) if done else _count(report.samples),
             blob_hash=update.hash,
             size_bytes=update.size_bytes,
             codec=report.codec[:16],
             base_version=report.base_version,
             losses=as_json(_finite(report.metrics)),
-            seconds=max(report.seconds, 0.0),
-            bytes_up=max(report.bytes_up, 0),
-            bytes_down=max(report.bytes_down, 0),
+            seconds=_amount(report.seconds),
+            bytes_up=_count(report.bytes_up),
+            bytes_down=_count(report.bytes_down),
             fate=fate,
             fate_reason=reason,
         )
         assert row is not None
         verdict = row["verdict"]
+        # A statement of its own: what a report at the same moment wrote is only seen by a new snapshot.
+        earlier = await tx.row("earlier_report", task_id=row["task_id"]) if verdict == "done" else None
         if verdict == "ok" and fate == "rejected":
             text = f"unit {row['task_id']} of {caller.name} was rejected: {reason}"
             await note(
@@ -238,8 +241,10 @@ async def _take_unit(
             return ReportAnswer(False, f"rejected: {reason}")
         case "ok":
             return ReportAnswer(True, "accepted, waits for its merge")
+        case "done" if earlier and earlier["refused"]:
+            return ReportAnswer(False, f"rejected: {earlier['fate_reason']}")
         case "done":
-            same = facts["reported_blob"] == update.hash
+            same = earlier is not None and earlier["blob_hash"] == update.hash
             return ReportAnswer(
                 same, "accepted before" if same else "this unit was handed in before, otherwise"
             )
@@ -293,19 +298,21 @@ async def _give_back(desk: Desk, caller: Caller, lease_id: uuid.UUID, report: Re
     return ReportAnswer(bool(row["was_live"]), "given back" if row["was_live"] else "it was over already")
 
 
-async def _take_version(desk: Desk, caller: Caller, lease_id: uuid.UUID, report: Report) -> ReportAnswer:
+async def _take_version(desk: Desk, facts: dict[str, Any], lease_id: uuid.UUID, report: Report) -> ReportAnswer:
     """Version 0, or one merge: fates and the version commit together or not at all."""
     blobs = [blob for blob in (report.delta, report.snapshot, report.state) if blob is not None]
     async with desk.ledger.transaction() as tx:
+        run = await tx.row("lock_run", run_id=facts["run_id"])  # before the lease, as whoever stops the run does
         held = await tx.row("lock_lease", lease_id=lease_id)
+        assert run is not None
         if held is None or held["ended_at"] is not None:
             same = held is not None and held["outcome"] == "done"
             return ReportAnswer(
                 same, "published before" if same else "too late: the lease was given to somebody else"
             )
-        run = await tx.row("lock_run", run_id=held["run_id"])
-        assert run is not None
         if run["state"] in ("stopped", "failed", "done"):
+            await tx.run("end_lease", lease_id=lease_id, outcome="cancelled", reason="the run is over")
+            await tx.run("close_task", task_id=held["task_id"], state="cancelled", reason="the run is over")
             return ReportAnswer(False, "superseded: the run is over")
         if report.version != run["version"] + 1:
             return ReportAnswer(False, f"version {report.version} cannot follow version {run['version']}")
@@ -352,8 +359,10 @@ async def _publish_merge(tx: Transaction, run: dict[str, Any], held: dict[str, A
         for row in await tx.rows("merged_updates", task_id=held["task_id"], run_id=run["id"])
     }
     verdicts = {verdict.task_id: verdict for verdict in report.verdicts}
-    if set(verdicts) != set(merged):
+    if set(verdicts) != set(merged) or len(report.verdicts) != len(merged):
         raise BadUpdate("the merge did not judge exactly the updates that it was given")
+    if unknown := {verdict.fate for verdict in report.verdicts} - set(FATES):
+        raise BadUpdate(f"the merge gave a fate `{unknown.pop()[:20]}`: there are {', '.join(FATES)}")
     applied = 0
     for task_id, verdict in verdicts.items():
         await tx.run(
@@ -442,7 +451,7 @@ async def _take_taste(desk: Desk, caller: Caller, lease_id: uuid.UUID, report: R
 
 async def heartbeat(desk: Desk, caller: Caller, request: HeartbeatRequest) -> HeartbeatAnswer:
     """Renew the leases that are still this worker's; say which are not, and which to finish now."""
-    beats = request.leases[:64]
+    beats = sorted(request.leases[:64], key=lambda beat: beat.lease_id)  # locked in the order of ids, as everywhere
     ids = [_as_uuid(beat.lease_id) for beat in beats]
     async with desk.ledger.transaction(relaxed=True) as tx:
         await tx.run(
@@ -454,9 +463,9 @@ async def heartbeat(desk: Desk, caller: Caller, request: HeartbeatRequest) -> He
             await tx.run(
                 "renew",
                 ids=ids,
-                steps=[max(beat.steps, 0) for beat in beats],
-                samples=[max(beat.samples, 0) for beat in beats],
-                rates=[max(beat.samples_per_s, 0.0) for beat in beats],
+                steps=[_count(beat.steps) for beat in beats],
+                samples=[_count(beat.samples) for beat in beats],
+                rates=[_amount(beat.samples_per_s) for beat in beats],
                 worker_id=caller.subject,
                 ttl=timedelta(seconds=desk.lease_ttl_s),
             )
@@ -485,6 +494,7 @@ def _is_over(row: dict[str, Any]) -> bool:
 async def leave(desk: Desk, caller: Caller) -> None:
     """The worker goes: what it still holds is free at once."""
     async with desk.ledger.transaction() as tx:
+        await tx.run("touch_worker", worker_id=caller.subject, state="left")  # locked before leases, as in a heartbeat
         for lease in await tx.rows("live_leases_of_worker", worker_id=caller.subject):
             await tx.run(
                 "give_back",
@@ -495,7 +505,6 @@ async def leave(desk: Desk, caller: Caller) -> None:
                 reason="the worker left",
                 max_attempts=MAX_ATTEMPTS,
             )
-        await tx.run("touch_worker", worker_id=caller.subject, state="left")
         await note(tx, "worker.left", caller.subject, f"{caller.name} left", actor=caller.name)
         await tx.notify("work")
     desk.news.tell("change")
@@ -533,6 +542,17 @@ def _as_uuid(text: str) -> uuid.UUID:
         return uuid.UUID(text)
     except ValueError:
         raise NotFound(f"`{text[:60]}` is not a lease") from None
+
+
+_MOST = 1 << 40  # of anything that a worker counts: far beyond what is true, and a million of them still fit a bigint
+
+
+def _count(claimed: int) -> int:
+    return min(max(claimed, 0), _MOST)
+
+
+def _amount(claimed: float) -> float:
+    return min(claimed, float(_MOST)) if claimed > 0 else 0.0  # not a number is not above 0 either
 
 
 def _finite(values: dict[str, float]) -> dict[str, float]:

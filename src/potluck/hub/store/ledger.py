@@ -18,7 +18,7 @@ from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from potluck.errors import LedgerError, TryLater
+from potluck.errors import BadInput, LedgerError, TryLater
 from potluck.telemetry import logger
 
 log = logger("hub.ledger")
@@ -114,6 +114,11 @@ class Ledger:
                 if relaxed:
                     await transaction.relaxed()
                 yield transaction
+        except psycopg.DataError as error:
+            # A number out of range, a text with a NUL: whoever sent it can mend it, and nothing was written.
+            raise BadInput(f"a value does not fit into the ledger: {str(error).strip()}") from error
+        except psycopg.errors.UniqueViolation as error:
+            raise TryLater("somebody else did the same at the same moment: try again") from error
         except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
             raise TryLater(
                 f"the ledger does not answer, try again in a moment: {str(error).strip()}"

@@ -30,7 +30,7 @@ SELECT id AS task_id, positions FROM task;
 -- The oldest waiting task of the kinds that this worker may do.
 WITH next AS (
     SELECT tasks.id FROM tasks JOIN runs ON runs.id = tasks.run_id
-    WHERE tasks.state = 'queued' AND tasks.kind = ANY(%(kinds)s)
+    WHERE tasks.state = 'queued' AND tasks.kind = ANY(%(kinds)s) AND runs.state IN ('queued', 'running', 'paused', 'finishing')
     ORDER BY tasks.id LIMIT 1
     FOR UPDATE OF tasks SKIP LOCKED
 ), task AS (
@@ -72,17 +72,24 @@ WITH held AS (
     INSERT INTO updates (task_id, lease_id, run_id, worker_id, blob_hash, size_bytes, codec, base_version, steps,
         samples, done, losses, seconds, bytes_up, bytes_down, fate, fate_reason)
     SELECT task_id, id, run_id, worker_id, %(blob_hash)s, %(size_bytes)s, %(codec)s, %(base_version)s, %(steps)s,
-        %(samples)s, %(done)s::int8multirange, %(losses)s, %(seconds)s, %(bytes_up)s, %(bytes_down)s,
+        -- without positions it is what a worker claims to have tried: at most its unit
+        CASE WHEN isempty(%(done)s::int8multirange) THEN LEAST(%(samples)s, span(positions)) ELSE %(samples)s END,
+        %(done)s::int8multirange, %(losses)s, %(seconds)s, %(bytes_up)s, %(bytes_down)s,
         CASE WHEN verdict = 'run_over' THEN 'superseded' ELSE %(fate)s END,
         CASE WHEN verdict = 'run_over' THEN 'the run is over' ELSE %(fate_reason)s END
     FROM fit WHERE verdict IN ('ok', 'run_over')
 ), returned AS (
     UPDATE supplies SET remaining = supplies.remaining
-        + CASE WHEN %(fate)s = 'rejected' THEN fit.positions ELSE fit.positions - %(done)s::int8multirange END
-    FROM fit WHERE supplies.run_id = fit.run_id AND fit.verdict = 'ok'
-        AND (%(fate)s = 'rejected' OR fit.positions <> %(done)s::int8multirange)
+        + CASE WHEN fit.verdict = 'run_over' OR %(fate)s = 'rejected' THEN fit.positions
+               ELSE fit.positions - %(done)s::int8multirange END
+    FROM fit WHERE supplies.run_id = fit.run_id AND fit.verdict IN ('ok', 'run_over')
+        AND (fit.verdict = 'run_over' OR %(fate)s = 'rejected' OR fit.positions <> %(done)s::int8multirange)
 )
 SELECT verdict, task_id, run_id, reason FROM fit;
+
+-- name: earlier_report
+SELECT blob_hash, fate_reason, fate = 'rejected' AND merge_task IS NULL AS refused FROM updates
+WHERE task_id = %(task_id)s;
 
 -- name: give_back
 -- End a lease without a result: the task waits again or is over, and a unit's positions return to the supply.
@@ -95,7 +102,8 @@ WITH held AS (
     WHERE ended_at IS NULL AND (%(worker_id)s::text IS NULL OR worker_id = %(worker_id)s)
         AND (%(only_if_late)s IS FALSE OR deadline < now())
 ), ended AS (
-    UPDATE leases SET ended_at = now(), outcome = %(outcome)s, reason = %(reason)s
+    UPDATE leases SET ended_at = now(), outcome = %(outcome)s, reason = %(reason)s,
+        samples = LEAST(leases.samples, span(live.positions)) -- what it claims to have trained: at most its unit
     FROM live WHERE leases.id = live.id
 ), closed AS (
     UPDATE tasks SET
@@ -118,7 +126,9 @@ SELECT held.*, (live.id IS NOT NULL) AS was_live FROM held LEFT JOIN live ON liv
 SELECT id, run_id, worker_id, kind, task_id FROM leases WHERE ended_at IS NULL AND deadline < now() LIMIT 1000;
 
 -- name: live_leases_of_worker
-SELECT id, run_id, kind FROM leases WHERE ended_at IS NULL AND worker_id = %(worker_id)s;
+-- All are locked before the first is given back: then the supply is never locked before a lease, which would be a
+-- deadlock with a report. Rows are locked in one order everywhere: run or worker, leases by id, tasks, updates, supply.
+SELECT id, run_id, kind FROM leases WHERE ended_at IS NULL AND worker_id = %(worker_id)s ORDER BY id FOR UPDATE;
 
 -- name: renew
 -- One statement for all leases of a heartbeat. By primary key; an ended lease is left as it is.

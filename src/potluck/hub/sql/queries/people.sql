@@ -59,7 +59,7 @@ INSERT INTO workers (id, name, device, share, trusted, hardware)
 VALUES (%(id)s, %(name)s, %(device)s, %(share)s, %(trusted)s, %(hardware)s);
 
 -- name: update_worker
-UPDATE workers SET device = %(device)s, share = %(share)s WHERE id = %(id)s AND (device, share) <> (%(device)s, %(share)s);
+UPDATE workers SET device = %(device)s, share = %(share)s WHERE id = %(id)s AND (device, share) <> (%(device)s, %(share)s::real);
 
 -- name: revoke_worker
 WITH gone AS (

@@ -23,15 +23,16 @@ SELECT runs.*, supplies.remaining,
 FROM runs LEFT JOIN supplies ON supplies.run_id = runs.id WHERE runs.id = %(run_id)s;
 
 -- name: lock_run
+-- NO KEY UPDATE: the foreign keys of a task that is just being leased do not have to wait.
 SELECT runs.*,
     COALESCE(EXTRACT(EPOCH FROM COALESCE(ended_at, paused_at, now()) - started_at)::float8 - paused_s, 0) AS elapsed_s
-FROM runs WHERE id = %(run_id)s FOR UPDATE;
+FROM runs WHERE id = %(run_id)s FOR NO KEY UPDATE;
 
 -- name: try_lock_run
 -- For upkeep: another hub copy that holds the row is settling this run already.
 SELECT runs.*, (SELECT isempty(remaining) FROM supplies WHERE supplies.run_id = runs.id) AS dry,
     COALESCE(EXTRACT(EPOCH FROM COALESCE(ended_at, paused_at, now()) - started_at)::float8 - paused_s, 0) AS elapsed_s
-FROM runs WHERE id = %(run_id)s FOR UPDATE SKIP LOCKED;
+FROM runs WHERE id = %(run_id)s FOR NO KEY UPDATE SKIP LOCKED;
 
 -- name: run_ids
 SELECT id FROM runs ORDER BY created_at DESC LIMIT %(limit)s;
@@ -73,9 +74,11 @@ UPDATE runs SET layout = %(layout)s, version = 0, state = CASE WHEN state = 'que
 UPDATE runs SET version = %(version)s WHERE id = %(run_id)s;
 
 -- name: cancel_open_tasks
-WITH ended AS (
+WITH live AS (
+    SELECT id FROM leases WHERE run_id = %(run_id)s AND ended_at IS NULL ORDER BY id FOR UPDATE
+), ended AS (
     UPDATE leases SET ended_at = now(), outcome = 'cancelled', reason = %(reason)s
-    WHERE run_id = %(run_id)s AND ended_at IS NULL RETURNING task_id
+    FROM live WHERE leases.id = live.id RETURNING leases.task_id
 ), back AS (
     UPDATE supplies SET remaining = remaining + COALESCE((
         SELECT range_agg(r) FROM tasks JOIN ended ON ended.task_id = tasks.id, unnest(tasks.positions) AS r
@@ -87,7 +90,17 @@ WITH ended AS (
     UPDATE tasks SET state = 'cancelled', ended_at = now(), reason = %(reason)s
     WHERE run_id = %(run_id)s AND kind <> 'unit' AND state = 'queued'
 )
-UPDATE updates SET fate = 'superseded', fate_reason = %(reason)s WHERE run_id = %(run_id)s AND fate = 'pending';
+SELECT count(*) AS cancelled FROM ended;
+
+-- name: supersede_pending
+-- After cancel_open_tasks, as a statement of its own: a report that was under way is only seen by a new snapshot.
+WITH ended AS (
+    UPDATE updates SET fate = 'superseded', fate_reason = %(reason)s WHERE run_id = %(run_id)s AND fate = 'pending'
+    RETURNING done
+)
+UPDATE supplies SET remaining = remaining + COALESCE((
+    SELECT range_agg(r) FROM ended, unnest(ended.done) AS r
+), '{}') WHERE run_id = %(run_id)s;
 
 -- name: open_tasks
 SELECT id, kind, state FROM tasks WHERE run_id = %(run_id)s AND kind <> 'unit' AND state IN ('queued', 'leased');

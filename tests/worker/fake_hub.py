@@ -1,0 +1,369 @@
+"""A hub for the tests of client and agent: real HTTP on a real socket, everything in memory, faults on request."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import msgspec
+
+from potluck.blobs import BlobStore
+from potluck.protocol import (
+    Dataset,
+    HeartbeatAnswer,
+    HeartbeatRequest,
+    HubInfo,
+    JoinAnswer,
+    JoinRequest,
+    Layout,
+    Lease,
+    LeaseRequest,
+    Problem,
+    RecipeRef,
+    Report,
+    ReportAnswer,
+    Shard,
+    UnitSpec,
+    UploadAnswer,
+    UploadRequest,
+    Version,
+)
+from potluck.settings import hash_token
+
+TITLES = {
+    401: "not_known",
+    403: "not_allowed",
+    404: "not_found",
+    409: "conflict",
+    426: "version_mismatch",
+    503: "try_later",
+}
+
+
+class FakeHub:
+    """`hub.reports`, `hub.leased` … tell what came; `hub.fail`, `hub.stop`, `hub.start` … make trouble."""
+
+    def __init__(self, root: Path, *, tls: tuple[Path, Path] | None = None) -> None:
+        self.blobs = BlobStore(root / "hub-blobs")
+        self.tls = tls
+        self.changed = threading.Condition()
+        self.tokens: dict[str, str] = {}  # hash → worker id
+        self.codes = {"GOODCODE": 3}
+        self.waiting: list[Lease] = []  # leases to give
+        self.live: dict[str, Lease] = {}
+        self.leased: list[Lease] = []
+        self.reports: list[tuple[str, Report]] = []
+        self.answers: dict[str, ReportAnswer] = {}
+        self.beats: list[HeartbeatRequest] = []
+        self.requests: list[LeaseRequest] = []
+        self.versions: dict[str, list[Version]] = {}
+        self.drop: set[str] = set()
+        self.hand_in: set[str] = set()
+        self.left: list[str] = []
+        self.joined: list[JoinRequest] = []
+        self.calls: list[tuple[str, str]] = []
+        self.fail: dict[str, list[int]] = {}  # path prefix → statuses to answer with, one a request
+        self.cut: dict[str, int] = {}  # path prefix → how many requests to cut in the middle of the body
+        self.ttl_s = 0.9
+        self.merge_on_report = False
+        self.endless: dict[str, Any] | None = None  # arguments of `unit` for as many as are asked for
+        self.bare = False  # answer as something that is no hub
+        self._next = 0
+        self.port = 0
+        self.server: ThreadingHTTPServer | None = None
+
+    # --- life
+
+    def start(self) -> FakeHub:
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = _Server(("127.0.0.1", self.port), handler)
+        if self.tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*self.tls)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        if self.server is not None:
+            self.server.shutdown()
+            self.server.server_close()
+            self.server.cut_all()
+            self.server = None
+            with self.changed:
+                self.changed.notify_all()
+
+    @property
+    def address(self) -> str:
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
+
+    def worker(self, token: str = "plw_test") -> str:
+        self.tokens[hash_token(token)] = "w1"
+        return token
+
+    # --- what there is to do
+
+    def publish(self, run: str, *, snapshot: bool = False) -> Version:
+        chain = self.versions.setdefault(run, [])
+        number = len(chain)
+        delta = self.blobs.add_bytes(f"delta {run} {number}".encode() * 20) if number else None
+        whole = self.blobs.add_bytes(f"snapshot {run} {number}".encode() * 50) if snapshot or not number else None
+        version = Version(number, f"{number:064d}", "int8", delta, whole)
+        with self.changed:
+            chain.append(version)
+            self.changed.notify_all()
+        return version
+
+    def dataset(self) -> Dataset:
+        shards = [Shard(self.blobs.add_bytes(f"shard {i}".encode() * 1000), 500) for i in range(3)]
+        return Dataset("pictures", 1500, shards, [3, 8, 8], held_out=100)
+
+    def unit(
+        self, run: str = "run1", *, overlap_s: float = 0.0, box_s: float = 1.0, size: int = 80, **behaviour: Any
+    ) -> Lease:
+        if run not in self.versions:
+            self.publish(run)
+        self._next += 1
+        number = self._next
+        spec = UnitSpec([(number * size, (number + 1) * size)], box_s, box_s, overlap_s, "int8")
+        return Lease(
+            id=f"00000000-0000-4000-8000-{number:012d}",
+            task_id=number,
+            kind="unit",
+            run_id=run,
+            ttl_s=self.ttl_s,
+            recipe=RecipeRef("fake", behaviour),
+            dataset=self.dataset(),
+            layout=Layout([("net.w", [4])]),
+            seed=7,
+            unit=spec,
+        )
+
+    def give(self, *leases: Lease) -> None:
+        with self.changed:
+            self.waiting += leases
+            self.changed.notify_all()
+
+    def outcome(self, lease: Lease | str) -> Report | None:
+        id_ = lease if isinstance(lease, str) else lease.id
+        return next((report for lease_id, report in self.reports if lease_id == id_), None)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+    request_queue_size = 64
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.lines: set[Any] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.lines.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.lines.discard(request)
+        super().shutdown_request(request)
+
+    def cut_all(self) -> None:
+        for line in list(self.lines):
+            self.shutdown_request(line)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        return
+
+
+class _Problem(Exception):
+    def __init__(self, status: int, detail: str) -> None:
+        self.status, self.detail = status, detail
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        return
+
+    def handle_any(self) -> None:
+        hub = self.hub
+        url = urlsplit(self.path)
+        path = url.path.removeprefix("/api/v1")
+        self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        length = int(self.headers.get("Content-Length") or 0)
+        hub.calls.append((self.command, path))
+        for prefix, count in hub.cut.items():
+            if path.startswith(prefix) and count and self.command in ("PATCH", "GET"):
+                hub.cut[prefix] -= 1
+                self.cut(path, length)
+                return
+        body = self.rfile.read(length)
+        if hub.bare:
+            self.answer(200, b"<html>It works!</html>", {"Content-Type": "text/html"}, header=False)
+            return
+        for prefix, statuses in hub.fail.items():
+            if path.startswith(prefix) and statuses:
+                self.problem(statuses.pop(0), "made to fail")
+                return
+        try:
+            self.route(path, body)
+        except _Problem as problem:
+            self.problem(problem.status, problem.detail)
+        except msgspec.MsgspecError as error:
+            self.problem(422, str(error))
+
+    do_GET = do_POST = do_PATCH = do_DELETE = do_HEAD = handle_any  # noqa: N815
+
+    def cut(self, path: str, length: int) -> None:
+        """Take or give half of the bytes, then hang up."""
+        if self.command == "PATCH":
+            half = self.rfile.read(length // 2)
+            self.hub.blobs.append(path.split("/")[2].split("-")[0], int(self.query["offset"]), half)
+        else:
+            content = self.hub.blobs.read(path.split("/")[2])
+            self.send_response(200)
+            self.send_header("Potluck-Protocol", "1")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+        self.close_connection = True
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, *, header: bool = True) -> None:
+        self.send_response(status)
+        if header:
+            self.send_header("Potluck-Protocol", "1")
+        for name, value in (headers or {"Content-Type": "application/json"}).items():
+            self.send_header(name, value)
+        if status != 204:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if status != 204 and self.command != "HEAD":
+            self.wfile.write(body)
+
+    def say(self, value: Any, status: int = 200) -> None:
+        self.answer(status, msgspec.json.encode(value))
+
+    def problem(self, status: int, detail: str) -> None:
+        code = TITLES.get(status, "bad_input" if status == 422 else "internal")
+        body = msgspec.json.encode(Problem(f"https://potluck/{code}", code, status, detail, code))
+        self.answer(status, body, {"Content-Type": "application/problem+json"})
+
+    def route(self, path: str, body: bytes) -> None:
+        hub, parts = self.hub, path.strip("/").split("/")
+        if path == "/join":
+            request = msgspec.json.decode(body, type=JoinRequest)
+            if not hub.codes.get(request.code):
+                raise _Problem(403, "this link was used up or never existed: ask for a new one")
+            hub.codes[request.code] -= 1
+            hub.joined.append(request)
+            hub.tokens[request.token_sha256] = f"w{len(hub.joined)}"
+            self.say(JoinAnswer(f"w{len(hub.joined)}", request.name, "worker", "testhub"))
+            return
+        worker = hub.tokens.get(hash_token(self.headers.get("Authorization", "").removeprefix("Bearer ")))
+        if worker is None:
+            raise _Problem(401, "this credential was revoked")
+        match self.command, parts:
+            case "GET", ["hub"]:
+                self.say(HubInfo("testhub", "0", 1, 1, "now"))
+            case "GET", ["events"]:
+                self.say([])
+            case "POST", ["heartbeat"]:
+                beat = msgspec.json.decode(body, type=HeartbeatRequest)
+                hub.beats.append(beat)
+                ids = {progress.lease_id for progress in beat.leases}
+                known = {lease_id for lease_id in ids if lease_id in hub.live}
+                self.say(HeartbeatAnswer(sorted((ids - known) | (ids & hub.drop)), sorted(ids & hub.hand_in), [], 5))
+            case "POST", ["leases"]:
+                self.lease(msgspec.json.decode(body, type=LeaseRequest))
+            case "POST", ["leases", lease_id, "report"]:
+                self.say(self.report(lease_id, msgspec.json.decode(body, type=Report)))
+            case "POST", ["leave"]:
+                hub.left.append(worker)
+                hub.live.clear()
+                self.answer(204, b"")
+            case "GET", ["runs", run, "versions"]:
+                self.say(self.chain(run, int(self.query["after"]), float(self.query.get("wait", 0))))
+            case "POST", ["uploads"]:
+                blob = msgspec.json.decode(body, type=UploadRequest).blob
+                done = hub.blobs.has(blob.hash)
+                offset = blob.size_bytes if done else hub.blobs.part_size(blob.hash)
+                self.say(UploadAnswer(f"{blob.hash}-{blob.size_bytes}", offset, done))
+            case "PATCH", ["uploads", upload_id]:
+                hash_, _, size = upload_id.partition("-")
+                offset = int(self.query["offset"])
+                have = hub.blobs.append(hash_, offset, body)
+                if have != offset + len(body):
+                    raise _Problem(409, f"go on at offset {have}")
+                if have == int(size):
+                    hub.blobs.commit(hash_)
+                self.say(UploadAnswer(upload_id, have, have == int(size)))
+            case "GET", ["blobs", hash_]:
+                self.blob(hash_)
+            case _:
+                raise _Problem(404, f"no route {self.command} {path}")
+
+    def blob(self, hash_: str) -> None:
+        content = self.hub.blobs.read(hash_)
+        wanted = self.headers.get("Range")
+        if wanted:
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+            self.answer(206, content[start:], headers)
+        else:
+            self.answer(200, content, {"Content-Type": "application/octet-stream"})
+
+    def wait_for(self, look: Any, wait_s: float) -> Any:
+        until = time.monotonic() + min(wait_s, 3.0)
+        server = self.hub.server
+        with self.hub.changed:
+            while not (found := look()) and (left := until - time.monotonic()) > 0 and self.hub.server is server:
+                self.hub.changed.wait(min(left, 0.25))
+        return found
+
+    def lease(self, request: LeaseRequest) -> None:
+        hub = self.hub
+        hub.requests.append(request)
+
+        def look() -> Lease | None:
+            if hub.endless is not None and "unit" in request.kinds and len(hub.live) < 2:
+                hub.waiting.append(hub.unit(**hub.endless))
+            for lease in hub.waiting:
+                if lease.kind in request.kinds and lease.run_id not in request.except_runs:
+                    hub.waiting.remove(lease)
+                    hub.live[lease.id] = lease
+                    hub.leased.append(lease)
+                    return lease
+            return None
+
+        lease = self.wait_for(look, float(self.query.get("wait", 0)))
+        self.say(lease) if lease else self.answer(204, b"")
+
+    def report(self, lease_id: str, report: Report) -> ReportAnswer:
+        hub = self.hub
+        if lease_id in hub.answers:
+            return hub.answers[lease_id]
+        lease = hub.live.pop(lease_id, None)
+        if lease is None:
+            return ReportAnswer(False, "too late: the lease lapsed")
+        for blob in (report.update, report.delta, report.snapshot, report.state, report.image):
+            if blob is not None and not hub.blobs.has(blob.hash):
+                raise _Problem(422, "its bytes never arrived")
+        hub.reports.append((lease_id, report))
+        hub.answers[lease_id] = ReportAnswer(True, "accepted")
+        if hub.merge_on_report and lease.kind == "unit" and report.outcome == "done":
+            hub.publish(lease.run_id)
+        return hub.answers[lease_id]
+
+    def chain(self, run: str, after: int, wait_s: float) -> list[Version]:
+        chain = self.hub.versions.get(run, [])
+        if after < 0:
+            newest = max((v.number for v in chain if v.snapshot), default=0)
+            return [v for v in chain if v.number >= newest]
+        return self.wait_for(lambda: [v for v in chain if v.number > after], wait_s)
