@@ -60,6 +60,7 @@ class Room:
     url: str = ""
     loop: asyncio.AbstractEventLoop | None = None
     callers: dict[str, Caller] = field(default_factory=dict)
+    machines: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         assert self.loop is not None
@@ -84,6 +85,7 @@ class Room:
         self.do(people.join(self.desk, request))
         caller = self.do(people.authenticate(self.desk, token))
         self.callers[name] = caller
+        self.machines[name] = (share, device)
         return caller
 
     def viewer(self) -> httpx.Client:
@@ -119,7 +121,7 @@ class Room:
         return self.callers.get("house") or self.worker("house", trusted=True)
 
     def lease(self, caller: Caller, *kinds: str) -> Lease:
-        granted = self.do(work.lease(self.desk, caller, LeaseRequest(list(kinds)), 0))
+        granted = self.do(work.lease(self.desk, caller, LeaseRequest(list(kinds), *self.machines.get(caller.name, ())), 0))
         assert granted is not None, f"nothing to do of {kinds}"
         return granted
 

@@ -33,7 +33,10 @@ def generate_command(connect: Connect, source: str, count: int, seed: int, out: 
         with tempfile.TemporaryDirectory(prefix="potluck-") as folder:
             with connect() as hub:
                 write_model(hub, find_run(hub, source), Path(folder))
-            draw(Path(folder), count=count, seed=seed, path=path)
+            try:
+                draw(Path(folder), count=count, seed=seed, path=path)
+            except BadInput as error:  # it names a folder that nobody knows
+                raise BadInput(str(error).replace(folder, f"run {source}")) from None
     output.say(f"{count} samples of {clean(source)} are in {path}.")
 
 

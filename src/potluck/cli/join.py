@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -18,6 +19,8 @@ from potluck.telemetry import clean, setup
 if TYPE_CHECKING:
     from potluck.protocol import Hardware, JoinAnswer
     from potluck.worker.membership import Credential
+
+CHOICES = "choices.json"
 
 
 @click.command("join", epilog="Without LINK the worker that was joined here before goes on.")
@@ -38,15 +41,19 @@ def join_command(
     """Join a hub with the link from `potluck invite`."""
     os.environ.pop("POTLUCK_JOIN_LINK", None)  # no business of the children
     setup()
-    chosen = settings.load(settings.WorkerSettings, flags)
     from potluck.worker.hardware import choose_device, detect
 
     hardware = detect()
+    name = settings.load(settings.WorkerSettings, flags).name
+    folder = Path(home) if home else _home(name, hardware.hostname, link)
+    if link is None:
+        flags = {**_remembered(folder), **{key: value for key, value in flags.items() if value is not None}}
+    chosen = settings.load(settings.WorkerSettings, flags)
     device = choose_device(chosen.device, hardware)
-    folder = Path(home) if home else _home(chosen.name, hardware.hostname, link)
     entered = _enter(link, folder, chosen, device, hardware) if link else _saved(folder)
     if entered is None:  # a person, not a worker
         return 0
+    settings.write_private(folder / CHOICES, json.dumps({"device": chosen.device, "share": chosen.share}) + "\n")
     return _work(entered, folder, chosen, device, once=once, for_s=for_s, screen=not no_screen)
 
 
@@ -111,6 +118,15 @@ def _enter(
     credential = membership.Credential(address, token, fingerprint, answer.id, answer.name, answer.hub)
     membership.save(folder, credential)
     return credential
+
+
+def _remembered(folder: Path) -> dict[str, Any]:
+    """What its owner chose when this worker started last: it holds until they choose something else."""
+    try:
+        found = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
+        return {"device": str(found["device"]), "share": settings.parse_share(found["share"])}
+    except (OSError, ValueError, KeyError, TypeError, BadInput):
+        return {}
 
 
 def role_of(code: str) -> str:

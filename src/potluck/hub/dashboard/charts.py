@@ -39,7 +39,9 @@ class Chart:
     x_name: str
 
 
-def chart(title: str, series: dict[str, Points], *, show: Callable[[float], str] = words.short) -> Chart | None:
+def chart(
+    title: str, series: dict[str, Points], *, show: Callable[[float], str] = words.short, ticks: int = 4
+) -> Chart | None:
     """Lines over samples; None when there is nothing to draw. Values that are not finite are left out."""
     kept = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
     kept = {name: points for name, points in list(kept.items())[:MOST_LINES] if points}
@@ -47,7 +49,7 @@ def chart(title: str, series: dict[str, Points], *, show: Callable[[float], str]
         return None
     thinned = {name: thin(points, MOST_POINTS) for name, points in kept.items()}
     values = [y for points in thinned.values() for _, y in points]
-    y_ticks = nice_ticks(min(values), max(values))
+    y_ticks = nice_ticks(min(values), max(values), ticks)
     x_low = min(points[0][0] for points in thinned.values())
     x_high = max(points[-1][0] for points in thinned.values())
     x_low = 0.0 if x_low < x_high / 4 else x_low
@@ -59,7 +61,7 @@ def chart(title: str, series: dict[str, Points], *, show: Callable[[float], str]
             Line(name, frame.path(points), frame.dot(points[-1]), show(points[-1][1])) for name, points in thinned.items()
         ],
         grid="".join(f"M0 {frame.y(tick):.0f}H{WIDTH}" for tick in y_ticks),
-        x_ticks=[words.short(x_low + (x_high - x_low) * i / 4) for i in range(5)] if x_high > x_low else [words.short(x_high)],
+        x_ticks=[words.short(x_low + (x_high - x_low) * i / ticks) for i in range(ticks + 1)] if x_high > x_low else [words.short(x_high)],
         y_ticks=[show(tick) for tick in reversed(y_ticks)],
         x_name="samples trained",
     )
@@ -84,7 +86,7 @@ def losses(curve: Sequence[Curve]) -> list[Chart]:
 
 def metric(name: str, tastes: Sequence[Taste]) -> Chart | None:
     points = [(taste.samples, taste.metrics[name]) for taste in tastes if name in taste.metrics]
-    return chart(name, {name: points}, show=lambda value: words.figure(name, value))
+    return chart(name, {name: points}, show=lambda value: words.figure(name, value), ticks=2)
 
 
 def _sentence(name: str, points: Points, show: Callable[[float], str]) -> str:
@@ -129,12 +131,12 @@ def thin(points: Points, most: int) -> list[tuple[float, float]]:
     return [points[0], *means, points[-1]]
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
-    """Three to six evenly spaced round numbers that hold [low, high] between the first and the last."""
+def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Evenly spaced round numbers, some `about` steps, that hold [low, high] between the first and the last."""
     if not high > low:
         room = abs(high) / 2 or 1.0
         low, high = low - room, high + room
-    rough = (high - low) / 4
+    rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

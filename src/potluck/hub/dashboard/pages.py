@@ -33,8 +33,8 @@ POLICY = (
 )
 
 
-def page(name: str, status: int = 200, **context: Any) -> HTMLResponse:
-    html = templates().get_template(name).render(version=potluck.__version__, **context)
+def page(template: str, status: int = 200, /, **context: Any) -> HTMLResponse:
+    html = templates().get_template(template).render(version=potluck.__version__, **context)
     headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-store"}
     return HTMLResponse(html, status, headers)
 

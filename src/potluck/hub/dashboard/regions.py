@@ -31,8 +31,8 @@ HEADLINE_METRICS = ("accuracy", "distance", "fid", "loss")
 """The first of these that a run has is its score."""
 ASSETS = {"page.css": "text/css", "page.js": "text/javascript", "link.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
-OVERVIEW = ("stats", "head", "samples", "score", "losses", "fates", "workers", "contributions", "events", "runs")
-ONE_RUN = ("head", "samples", "tastes", "score", "losses", "fates", "contributions", "details", "events")
+OVERVIEW = ("head", "stats", "samples", "score", "losses", "fates", "workers", "contributions", "events", "runs")
+ONE_RUN = ("head", "stats", "samples", "tastes", "score", "losses", "fates", "contributions", "details", "events")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Facts:
     contributions: list[Contribution]
     events: list[Event]
     why: Why | None
+    one_run: bool  # a page about `run` alone
 
     @property
     def present(self) -> list[WorkerView]:
@@ -102,7 +103,7 @@ async def gather(desk: Desk, run_id: str) -> Facts:
     chosen = run_id or (briefs[0].id if briefs else "")
     events = await runs.events(desk, ref=run_id or None, limit=MOST_EVENTS)
     if not chosen:
-        return Facts(desk.name, workers, briefs, None, [], [], [], events, None)
+        return Facts(desk.name, workers, briefs, None, [], [], [], events, None, one_run=False)
     run = await runs.show(desk, chosen)
     stuck = run.state == "queued" or (run.state == "running" and not run.active_workers)
     return Facts(
@@ -115,6 +116,7 @@ async def gather(desk: Desk, run_id: str) -> Facts:
         contributions=await runs.contributions(desk, chosen),
         events=events,
         why=await runs.why(desk, chosen) if stuck else None,
+        one_run=not overview,
     )
 
 
