@@ -168,7 +168,9 @@ class Room:
         self.report(caller, lease, report)
 
     def settle(self) -> None:
-        self.do(upkeep.run_once(self.desk))
+        """Upkeep does one thing for a run at a time: a merge and a taste are two."""
+        for _ in range(3):
+            self.do(upkeep.run_once(self.desk))
 
     def merge(self, fates: Callable[[int], str] = lambda i: "applied") -> int:
         """Do the merge that upkeep minted. Returns the new version."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -358,7 +359,12 @@ class LocalCluster:
         """A hub that was killed leaves its PostgreSQL behind."""
         from potluck.hub.postgres import EmbeddedPostgres
 
-        if (self.data_dir / "ledger").exists():
-            with contextlib.suppress(PotluckError):
-                EmbeddedPostgres(self.data_dir / "ledger").stop()
+        place = self.data_dir / "ledger" / "place.json"
+        if not place.exists():
+            return
+        with contextlib.suppress(PotluckError):
+            EmbeddedPostgres(self.data_dir / "ledger").stop()
+        home = Path(json.loads(place.read_text()).get("home", ""))
+        if home.is_absolute() and not home.is_relative_to(self.folder):
+            shutil.rmtree(home, ignore_errors=True)  # root's server could not reach our closed folder
 

@@ -73,7 +73,7 @@ class HubDouble:
                     status, code, detail = value
                     kind = "application/problem+json"
                     value = {"type": "", "title": "", "status": status, "detail": detail, "code": code}
-                raw = json.dumps(msgspec.to_builtins(value)).encode()
+                raw = value if isinstance(value, bytes) else json.dumps(msgspec.to_builtins(value)).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(raw)))

@@ -43,7 +43,9 @@ def test_moving_pictures_keeps_their_size_and_content() -> None:
         y = moved(x, 2)
         assert y.shape == x.shape
         assert any(
-            torch.equal(y[:, :, 2:14, 2:14], x[:, :, 2 + d : 14 + d, 2 + r : 14 + r]) for d in range(-2, 3) for r in range(-2, 3)
+            torch.equal(y[:, :, 2:14, 2:14], x[:, :, 2 + d : 14 + d, 2 + r : 14 + r])
+            for d in range(-2, 3)
+            for r in range(-2, 3)
         )
 
 

@@ -57,6 +57,7 @@ class Service:
     http: httpx2.Client
     tokens: dict[str, str]
     run_id: str
+    victim_id: str  # a run that the walk through the routes may pause and stop
     house: Caller
     ann: Caller
 
@@ -86,7 +87,8 @@ def service(embedded_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
         app = make_app(desk, lambda: upkeep.hear(desk))
         address = stack.enter_context(serving(app))
         http = stack.enter_context(httpx2.Client(base_url=address, timeout=30))
-        yield Service(app, hub, http, tokens, hub.start_run(house, samples=10_000), house, ann)
+        run_id, victim_id = (hub.start_run(house, samples=10_000) for _ in range(2))
+        yield Service(app, hub, http, tokens, run_id, victim_id, house, ann)
 
 
 @contextlib.contextmanager
@@ -130,7 +132,7 @@ def _flat(routes_: Any) -> Iterator[Any]:
 
 def filled(service: Service, path: str) -> str:
     """The path with ids that fit: the run is real, the rest are well-formed strangers."""
-    values = {"run": service.run_id, "lease_id": "00000000-0000-4000-8000-000000000000", "hash_": "0" * 64}
+    values = {"run": service.victim_id, "lease_id": "00000000-0000-4000-8000-000000000000", "hash_": "0" * 64}
     values |= {"upload_id": "0" * 64 + "-10", "code": "aaaa-bbbb-cccc-dddd"}
     return re.sub(r"\{(\w+)(:\w+)?\}", lambda m: values.get(m[1], "nothing"), path)
 
@@ -373,7 +375,7 @@ def test_no_body_makes_the_hub_stumble(service: Service) -> None:
                 assert problem["detail"] and problem["code"]
 
     assert stumbles == []
-    assert service.hub.view(service.run_id).settings["unit_s"] == float(SETTINGS["unit_s"])
+    assert service.hub.view(service.victim_id).settings["unit_s"] == float(SETTINGS["unit_s"])
 
 
 def test_odd_queries_and_headers_are_bad_input(service: Service) -> None:

@@ -85,7 +85,9 @@ def test_an_export_makes_the_same_pictures_again(tmp_path: Path) -> None:
 def test_an_export_of_a_recipe_from_a_file_takes_the_file_along(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.py"
     recipe.write_text(TINY)
-    train_local(RecipeRef("Tiny", filename="mine.py"), *make_dataset(tmp_path), tmp_path / "out", QUICK, recipe_path=recipe)
+    train_local(
+        RecipeRef("Tiny", filename="mine.py"), *make_dataset(tmp_path), tmp_path / "out", QUICK, recipe_path=recipe
+    )
     recipe.unlink()
 
     loaded, models = load_export(tmp_path / "out")
@@ -113,7 +115,11 @@ def test_a_nan_stops_local_training_with_a_sentence(tmp_path: Path) -> None:
 
     with pytest.raises(PotluckError, match="`loss` became nan at step 3"):
         train_local(
-            RecipeRef("Tiny", {"nan_at": 2}, filename="tiny.py"), *make_dataset(tmp_path), tmp_path / "out", QUICK, recipe_path=recipe
+            RecipeRef("Tiny", {"nan_at": 2}, filename="tiny.py"),
+            *make_dataset(tmp_path),
+            tmp_path / "out",
+            QUICK,
+            recipe_path=recipe,
         )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,9 @@ class Room:
 
 
 @pytest.fixture
-def room() -> Iterator[Room]:
+def room() -> Room:
     CLOCK.now = 100.0
-    yield Room()
+    return Room()
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_progress_is_told_about_twice_a_second(room: Room, tmp_path: Path) -> No
     assert finished.report.steps == 200
     assert 15 <= len(told) <= 20
     assert told[0].samples_per_s == pytest.approx(80)
-    assert all(a.fraction < b.fraction <= 1 for a, b in zip(told, told[1:], strict=False))
+    assert all(a.fraction < b.fraction <= 1 for a, b in pairwise(told))
 
 
 # --- updates

@@ -74,9 +74,9 @@ def test_an_unknown_recipe_is_named(text: str, said: str) -> None:
 
 
 def test_a_missing_class_names_those_that_are_there(tiny: Path) -> None:
-    with pytest.raises(RecipeError, match="no class `Big`.* it has Tiny"):
+    with pytest.raises(RecipeError, match=r"no class `Big`.* it has Tiny"):
         find_recipe(f"{tiny}:Big")
-    with pytest.raises(RecipeError, match="no recipe class `Big`.* it has Tiny"):
+    with pytest.raises(RecipeError, match=r"no recipe class `Big`.* it has Tiny"):
         load_recipe(RecipeRef("Big", filename="tiny.py"), tiny)
 
 

@@ -80,7 +80,8 @@ def _tell_if_dead(task: asyncio.Future[None]) -> None:
 
 def serve(settings: HubSettings) -> int:
     """Run a hub until Ctrl-C. Returns the exit code."""
-    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Root's PostgreSQL runs as somebody else, who must be able to pass through; every secret in it is 0600.
+    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o711 if _is_root() else 0o700)
     listener = _listen(settings.bind, settings.port)
     with contextlib.ExitStack() as stack:
         postgres: EmbeddedPostgres | None = None
@@ -156,6 +157,10 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._desk.news.close()
         await super().shutdown(sockets)
+
+
+def _is_root() -> bool:
+    return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 @dataclass(frozen=True)

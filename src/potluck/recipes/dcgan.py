@@ -19,7 +19,7 @@ class Dcgan(Recipe):
     preset = "average"  # an outer momentum ruins a GAN
     ema = ("generator",)
 
-    batch_size: int = 32
+    batch_size: int = 16  # small: on a few thousand pictures many steps matter more than many pictures a second
     size: int = 64  # pixels: 32 or 64
     channels: int = 3  # 3: colour, 1: gray
     width: int = 64  # channels of the widest picture inside; work grows with its square

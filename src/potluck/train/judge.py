@@ -25,7 +25,7 @@ from potluck.train import tensorio
 
 FEATURES = 32
 REAL = 2048  # pictures that it learns from and compares with, at most
-STEPS, BATCH = 240, 64
+STEPS, BATCH = 160, 48
 VERSION = 1  # raise it when the numbers change meaning: it names the cache
 
 
@@ -78,9 +78,9 @@ def make_encoder(channels: int) -> nn.Module:
 
     return nn.Sequential(
         nn.AdaptiveAvgPool2d(32),  # every size costs the same
-        *down(channels, 24),
-        *down(24, 48),
-        *down(48, 64),
+        *down(channels, 16),
+        *down(16, 32),
+        *down(32, 64),
         nn.Flatten(),
         nn.Linear(64 * 16, FEATURES),
         nn.BatchNorm1d(FEATURES, affine=False),  # variance 1: the scale of the distance
@@ -101,11 +101,10 @@ def train(encoder: nn.Module, real: Tensor, labels: Tensor | None) -> None:
         optimizer = torch.optim.Adam(parts.parameters(), 2e-3)
         for _ in range(STEPS):
             chosen = torch.randint(len(real), (min(BATCH, len(real)),))
-            x = real[chosen]
-            turns = torch.randint(4, (len(x),))
-            # half of the batch is turned: the encoder must know both the upright pictures and the way they are turned
-            turns[: len(x) // 2] = 0
-            x = torch.stack([picture.rot90(int(k), (1, 2)) for picture, k in zip(x, turns, strict=True)])
+            # half of the batch stays upright, the rest is turned by one, two or three quarters
+            parts_of_x = [real[part].rot90(k, (2, 3)) for k, part in enumerate(_split(chosen))]
+            x = torch.cat(parts_of_x)
+            turns = torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts_of_x)])
             seen = encoder(x)
             loss = F.cross_entropy(turn(seen), turns)
             loss = loss + 4 * F.mse_loss(draw(seen), F.adaptive_avg_pool2d(x, 8).flatten(1))
@@ -122,6 +121,11 @@ def train(encoder: nn.Module, real: Tensor, labels: Tensor | None) -> None:
             norm.momentum = None
             encoder(real)
     encoder.eval()
+
+
+def _split(chosen: Tensor) -> list[Tensor]:
+    half, sixth = len(chosen) // 2, len(chosen) // 6
+    return list(chosen.split([half, sixth, sixth, len(chosen) - half - 2 * sixth]))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ belong to other weights, and with wrong ones good weights look untrained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -115,9 +116,8 @@ def sampled(recipe: Recipe, models: dict[str, nn.Module], count: int, seed: int)
 def grid(pictures: Tensor, path: Path) -> None:
     """Write pictures in [-1, 1] as a PNG of nearly square shape, white between them."""
     count, channels, height, width = pictures.shape
-    columns = next(
-        (c for c in range(round(count**0.5), 2 * round(count**0.5) + 1) if count % c == 0), round(count**0.5)
-    )
+    root = math.isqrt(count - 1) + 1
+    columns = next((c for c in range(root, 2 * root) if count % c == 0), root)
     rows = -(-count // columns)
     sheet = torch.full((channels, rows * (height + 2) + 2, columns * (width + 2) + 2), 255, dtype=torch.uint8)
     for i, picture in enumerate((pictures * 127.5 + 127.5).round().to(torch.uint8)):

@@ -6,7 +6,7 @@ as often as one likes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -58,7 +58,9 @@ async def _settle_live(tx: Transaction, run: dict[str, Any], failed: list[dict[s
     wake = 1.0
     if "merge" not in open_kinds:
         pending = [Pending(p["task_id"], p["worker_id"], p["waited_s"]) for p in facts["pending"]]
-        decision = close_round(Round(pending, facts["active"], facts["offsets"], ending), settings)
+        # At the end everybody hands in at once: the last merge waits for all of them, not for a quorum.
+        patient = replace(settings, quorum=1.0) if run["state"] == "finishing" else settings
+        decision = close_round(Round(pending, facts["active"], facts["offsets"], ending), patient)
         wake = min(1.0, max(decision.wake_s, 0.02))
         if decision.merge:
             await _mint_merge(tx, run, settings, facts, decision.merge, decision.reason)

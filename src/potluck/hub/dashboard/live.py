@@ -53,7 +53,7 @@ class Frame:
     def message(self, after: int) -> bytes:
         """The event that takes a viewer from frame number `after` to this one; empty when nothing changed."""
         if after not in self._messages:
-            new = {f"r-{name}": html for name, html in self.regions.items() if self.changed[name] > after}
+            new = {f"r-{name}": str(html) for name, html in self.regions.items() if self.changed[name] > after}
             body = msgspec.json.encode(new)
             self._messages[after] = b"event: page\nid: %s\ndata: %s\n\n" % (self.id.encode(), body) if new else b""
         return self._messages[after]

@@ -55,6 +55,11 @@ class Facts:
         return [worker for worker in self.workers if worker.state in ("working", "idle", "leaving", "away")]
 
     @property
+    def over(self) -> bool:
+        """A page about a run that has ended."""
+        return self.one_run and self.run is not None and self.run.state not in LIVE
+
+    @property
     def at_work(self) -> int:
         return sum(worker.state == "working" for worker in self.workers)
 

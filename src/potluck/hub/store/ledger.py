@@ -139,7 +139,7 @@ class Ledger:
 
 
 async def migrate(connection: AsyncConnection[DictRow]) -> list[str]:
-    """Apply what is missing, each migration in its own transaction. Returns the names applied."""
+    """Apply what is missing, all of it in one transaction. Returns the names applied."""
     applied: list[str] = []
     async with connection.transaction():
         await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_MIGRATION_LOCK,))
