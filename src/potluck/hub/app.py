@@ -1,9 +1,9 @@
 """How is a hub put together? The only place that knows all its parts.
 
-    serve ── PostgreSQL (ours or given) ── Ledger ─┐
-          ├─ BlobStore (data_dir/blobs) ───────────┼─ Desk ── api, dashboard ── uvicorn
-          ├─ upkeep, hear, watch (background) ─────┘
-          └─ the house worker, a process like any worker's
+serve ── PostgreSQL (ours or given) ── Ledger ─┐
+      ├─ BlobStore (data_dir/blobs) ───────────┼─ Desk ── api, dashboard ── uvicorn
+      ├─ upkeep, hear, watch (background) ─────┘
+      └─ the house worker, a process like any worker's
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ async def _say_hello(desk: Desk, settings: HubSettings, place: Place) -> None:
     viewer = await people.invite(desk, InviteRequest("viewer", uses=1000, ttl_s=7 * 86400), actor="the hub")
     click.echo(
         f"Potluck {potluck.__version__}: {desk.name} is open at {place.public}\n"
-        f"  a worker joins with   potluck join '{worker.url}'\n"
+        f'  a worker joins with   potluck join "{worker.url}"\n'
         f"  the page              {viewer.url.partition('#')[0]}\n"
         "  train something       potluck train dcgan --data emoji-people --for 10m\n"
         "  stop                  Ctrl-C; everything is kept, and `potluck host` goes on"

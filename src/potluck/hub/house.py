@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,10 +16,12 @@ from pathlib import Path
 from potluck.hub.commands import people
 from potluck.hub.commands.desk import Desk
 from potluck.protocol import InviteRequest
+from potluck.settings import write_private
 from potluck.telemetry import logger
 
 log = logger("hub.house")
 _ALREADY_RUNNING = 5  # exit code of an agent whose home is in use
+_NOT_WELCOME = (1, 4)  # revoked, or the ledger is another one: join anew
 
 
 async def keep(desk: Desk, home: Path, address: str) -> None:
@@ -31,6 +34,8 @@ async def keep(desk: Desk, home: Path, address: str) -> None:
         if code == _ALREADY_RUNNING:
             await asyncio.sleep(5)  # the one of the hub before us; take over when it ends
             continue
+        if code in _NOT_WELCOME:
+            (home / "credential.json").unlink(missing_ok=True)
         lived = asyncio.get_running_loop().time() - started
         pause = 0.5 if lived > 60 else min(pause * 2, 30)
         log.warning("house.ended", code=code, again_in_s=pause)
@@ -38,11 +43,18 @@ async def keep(desk: Desk, home: Path, address: str) -> None:
 
 
 async def _run_once(desk: Desk, home: Path, address: str) -> int:
-    request = InviteRequest("worker", uses=1, ttl_s=600, name="house", trusted=True)
-    link = (await people.invite(desk, request, actor="the hub")).code
-    target = f"{address}/j/{link}" + (f"#fp={desk.fingerprint}" if desk.fingerprint else "")
-    # The link goes by the environment: other users of this machine can read command lines.
-    environment = {**os.environ, "POTLUCK_JOIN_LINK": target}
+    environment = dict(os.environ)
+    credential = home / "credential.json"
+    if credential.exists():  # the hub may be at another port than last time
+        known = json.loads(credential.read_text()) | {"hub": address, "fingerprint": desk.fingerprint}
+        write_private(credential, json.dumps(known))
+    else:
+        request = InviteRequest("worker", uses=1, ttl_s=600, name="house", trusted=True)
+        code = (await people.invite(desk, request, actor="the hub")).code
+        # By the environment: other users of this machine can read command lines.
+        environment["POTLUCK_JOIN_LINK"] = f"{address}/j/{code}" + (
+            f"#fp={desk.fingerprint}" if desk.fingerprint else ""
+        )
     with (home / "agent.log").open("ab") as output:
         process = await asyncio.create_subprocess_exec(
             sys.executable,

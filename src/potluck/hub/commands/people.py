@@ -72,7 +72,9 @@ async def invite(desk: Desk, request: InviteRequest, *, actor: str) -> InviteAns
         raise BadInput(f"the link would be valid for {request.ttl_s:g} s: choose between a second and a year")
     if request.trusted and request.role != "worker":
         raise BadInput("only a worker can be trusted with merges")
-    code = request.role[0] + "-" + "-".join("".join(secrets.choice(_CODE_LETTERS) for _ in range(4)) for _ in range(4))  # 79 bits
+    code = (
+        request.role[0] + "-" + "-".join("".join(secrets.choice(_CODE_LETTERS) for _ in range(4)) for _ in range(4))
+    )  # 79 bits
     async with desk.ledger.transaction() as tx:
         id_ = "i-" + new_id()
         row = await tx.row(
@@ -87,9 +89,7 @@ async def invite(desk: Desk, request: InviteRequest, *, actor: str) -> InviteAns
             created_by=actor,
         )
         assert row is not None
-        await note(
-            tx, "invite.made", id_, f"{actor} made a {request.role} link for {request.uses} uses", actor=actor
-        )
+        await note(tx, "invite.made", id_, f"{actor} made a {request.role} link for {request.uses} uses", actor=actor)
     url = f"{desk.public_url}/j/{code}" + (f"#fp={desk.fingerprint}" if desk.fingerprint else "")
     return InviteAnswer(id_, code, request.role, request.uses, row["expires_at"].isoformat(), url)
 
@@ -110,7 +110,7 @@ async def revoke_invite(desk: Desk, id_: str, *, actor: str) -> None:
     async with desk.ledger.transaction() as tx:
         row = await tx.row("revoke_invite", id=id_)
         if row is None or not row["found"]:
-            raise NotFound(f"there is no link {id_}: `potluck invite --list` shows them")
+            raise NotFound(f"there is no link {id_}: `potluck invites` shows them")
         for subject in row["subjects"] or []:
             await _take_leases(tx, subject, "its link was revoked")
         await note(tx, "invite.revoked", id_, f"{actor} revoked the link {id_}", actor=actor)

@@ -67,11 +67,7 @@ async def _settle_live(tx: Transaction, run: dict[str, Any], failed: list[dict[s
             return Settled(f"merge of {len(decision.merge)}: {decision.reason}", wake)
         if ending and run["state"] == "finishing" and not pending:
             return await _finish(tx, run, settings, open_kinds, failed)
-    if (
-        run["state"] == "running"
-        and "taste" not in open_kinds
-        and await _taste_is_due(tx, run, settings, failed)
-    ):
+    if run["state"] == "running" and "taste" not in open_kinds and await _taste_is_due(tx, run, settings, failed):
         await _mint_taste(tx, run, settings)
         return Settled(f"taste of version {run['version']}", wake)
     return Settled("", wake)
@@ -89,7 +85,7 @@ async def _mint_merge(
     assert base is not None
     chosen = set(tasks)
     spec = MergeSpec(
-        base=_version(base),
+        base=version_of(base),
         state=as_blob(base["state"]),
         inputs=[
             MergeInput(
@@ -145,7 +141,7 @@ def _taste_failed(run: dict[str, Any], failed: list[dict[str, Any]]) -> bool:
 async def _mint_taste(tx: Transaction, run: dict[str, Any], settings: PoolSettings) -> None:
     row = await tx.row("version", run_id=run["id"], number=run["version"])
     assert row is not None
-    spec = TasteSpec(_version(row), as_blob(row["state"]), settings.taste_count, run["seed"])
+    spec = TasteSpec(version_of(row), as_blob(row["state"]), settings.taste_count, run["seed"])
     await tx.run("mint_task", run_id=run["id"], kind="taste", spec=as_json(spec))
     await tx.notify("work")
 
@@ -173,11 +169,7 @@ async def _finish(
 
 
 async def _fail(tx: Transaction, run: dict[str, Any], task: dict[str, Any]) -> Settled:
-    what = (
-        "version 0 could not be built"
-        if task["kind"] == "init"
-        else f"merge {task['id']} failed again and again"
-    )
+    what = "version 0 could not be built" if task["kind"] == "init" else f"merge {task['id']} failed again and again"
     reason = f"{what}: {task['reason']}"
     await cancel_all(tx, run["id"], reason)
     await tx.run("set_state", run_id=run["id"], state="failed", reason=reason)
@@ -192,11 +184,12 @@ async def cancel_all(tx: Transaction, run_id: str, reason: str) -> None:
     await tx.run("supersede_pending", run_id=run_id, reason=reason)
 
 
-def _version(row: dict[str, Any]) -> Version:
+def version_of(row: dict[str, Any], *, newest: bool = False) -> Version:
     return Version(
         number=row["number"],
         weights_sha256=row["weights_sha256"],
         codec=row["codec"],
         delta=as_blob(row["delta"]),
         snapshot=as_blob(row["snapshot"]),
+        state=as_blob(row["state"]) if newest else None,
     )

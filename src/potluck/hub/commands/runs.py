@@ -40,10 +40,7 @@ async def create(desk: Desk, request: RunRequest, *, actor: str, key: str | None
     dataset = request.dataset
     if dataset.train_samples < 1 or not dataset.shards:
         raise BadInput("the data set has no samples to train on")
-    if (
-        sum(shard.samples for shard in dataset.shards) != dataset.samples
-        or min(s.samples for s in dataset.shards) < 1
-    ):
+    if sum(shard.samples for shard in dataset.shards) != dataset.samples or min(s.samples for s in dataset.shards) < 1:
         raise BadInput("the data set's shards do not add up to its samples")
     if request.samples is not None and not 1 <= request.samples <= MAX_POSITIONS:
         raise BadInput(f"samples is {request.samples}: it must be at least 1")
@@ -141,14 +138,16 @@ async def move(desk: Desk, ref: str, verb: str, *, actor: str) -> RunView:
         if run["state"] == target:
             return await _view(tx, run_id)
         if run["state"] not in sources:
-            raise Conflict(f"{run_id} is {run['state']}: only a run that is {' or '.join(sorted(sources))} can be {target}")
+            raise Conflict(
+                f"{run_id} is {run['state']}: only a run that is {' or '.join(sorted(sources))} can be {target}"
+            )
         reason = "" if verb == "resume" else f"{target} by {actor}"
         if verb == "stop":
             trusted = await tx.row("trusted_worker_live")
             if run["state"] in ("running", "paused") and trusted is not None and trusted["live"]:
                 target = "finishing"
             else:
-                await tx.run("cancel_open_tasks", run_id=run_id, reason="the run was stopped")
+                await cancel_all(tx, run_id, "the run was stopped")
         await tx.run("set_state", run_id=run_id, state=target, reason=reason)
         await note(tx, f"run.{target}", run_id, f"{actor}: {verb} {run_id}", run_id=run_id, actor=actor)
         await tx.notify("work")
@@ -333,9 +332,7 @@ async def _why_run(tx: Transaction, run_id: str) -> Why:
     round_ = await tx.row("round", run_id=run_id, version=view.version)
     assert trusted is not None and round_ is not None
     if view.state in ("done", "stopped", "failed", "paused"):
-        advice = {"paused": f"potluck resume {run_id}", "failed": f"potluck events {run_id}"}.get(
-            view.state, ""
-        )
+        advice = {"paused": f"potluck resume {run_id}", "failed": f"potluck events {run_id}"}.get(view.state, "")
         return Why(run_id, f"{run_id} is {view.state}: {view.reason}", advice)
     if not trusted["live"]:
         return Why(
@@ -346,15 +343,11 @@ async def _why_run(tx: Transaction, run_id: str) -> Why:
     if view.state == "queued":
         return Why(run_id, f"{run_id} waits until the trusted worker has built version 0", "a few seconds")
     if not round_["active"]:
-        return Why(
-            run_id, f"{run_id} has work, but no worker is connected", "potluck invite, then potluck join LINK"
-        )
+        return Why(run_id, f"{run_id} has work, but no worker is connected", "potluck invite, then potluck join LINK")
     newest = await tx.rows("curve", run_id=run_id)
     last = f"; version {view.version}: {newest[-1]['reason']}" if newest else ""
     waiting = len(round_["pending"])
-    return Why(
-        run_id, f"{run_id} is {view.state}: {round_['active']} workers train, {waiting} updates wait{last}"
-    )
+    return Why(run_id, f"{run_id} is {view.state}: {round_['active']} workers train, {waiting} updates wait{last}")
 
 
 def check_json(value: Json, kind: Any) -> Any:

@@ -79,9 +79,7 @@ async def _grant(desk: Desk, caller: Caller, request: LeaseRequest) -> Lease | N
     kinds = [kind for kind in request.kinds if kind in ("init", "merge", "taste")] if caller.trusted else []
     if kinds:
         async with desk.ledger.transaction() as tx:
-            row = await tx.row(
-                "lease_task", kinds=kinds, lease_id=lease_id, worker_id=caller.subject, ttl=ttl
-            )
+            row = await tx.row("lease_task", kinds=kinds, lease_id=lease_id, worker_id=caller.subject, ttl=ttl)
             if row is not None:
                 run = await tx.row("run", run_id=row["run_id"])
                 assert run is not None
@@ -116,9 +114,7 @@ async def _grant(desk: Desk, caller: Caller, request: LeaseRequest) -> Lease | N
     return None
 
 
-def _unit_lease(
-    desk: Desk, lease_id: str, row: dict[str, Any], run: dict[str, Any], settings: PoolSettings
-) -> Lease:
+def _unit_lease(desk: Desk, lease_id: str, row: dict[str, Any], run: dict[str, Any], settings: PoolSettings) -> Lease:
     spec = UnitSpec(
         positions=to_positions(row["positions"]),
         box_s=settings.unit_s,
@@ -233,9 +229,7 @@ async def _take_unit(
         earlier = await tx.row("earlier_report", task_id=row["task_id"]) if verdict == "done" else None
         if verdict == "ok" and fate == "rejected":
             text = f"unit {row['task_id']} of {caller.name} was rejected: {reason}"
-            await note(
-                tx, "unit.rejected", str(row["task_id"]), text, run_id=row["run_id"], actor=caller.name
-            )
+            await note(tx, "unit.rejected", str(row["task_id"]), text, run_id=row["run_id"], actor=caller.name)
     match verdict:
         case "ok" if fate == "rejected":
             return ReportAnswer(False, f"rejected: {reason}")
@@ -245,9 +239,7 @@ async def _take_unit(
             return ReportAnswer(False, f"rejected: {earlier['fate_reason']}")
         case "done":
             same = earlier is not None and earlier["blob_hash"] == update.hash
-            return ReportAnswer(
-                same, "accepted before" if same else "this unit was handed in before, otherwise"
-            )
+            return ReportAnswer(same, "accepted before" if same else "this unit was handed in before, otherwise")
         case "run_over":
             return ReportAnswer(False, "superseded: the run is over")
         case "overreach":
@@ -307,9 +299,7 @@ async def _take_version(desk: Desk, facts: dict[str, Any], lease_id: uuid.UUID, 
         assert run is not None
         if held is None or held["ended_at"] is not None:
             same = held is not None and held["outcome"] == "done"
-            return ReportAnswer(
-                same, "published before" if same else "too late: the lease was given to somebody else"
-            )
+            return ReportAnswer(same, "published before" if same else "too late: the lease was given to somebody else")
         if run["state"] in ("stopped", "failed", "done"):
             await tx.run("end_lease", lease_id=lease_id, outcome="cancelled", reason="the run is over")
             await tx.run("close_task", task_id=held["task_id"], state="cancelled", reason="the run is over")
@@ -354,10 +344,7 @@ async def _publish_first(tx: Transaction, run: dict[str, Any], report: Report) -
 async def _publish_merge(tx: Transaction, run: dict[str, Any], held: dict[str, Any], report: Report) -> None:
     spec = as_type(held["spec"], MergeSpec)
     reason = held["spec"].get("reason", "")
-    merged = {
-        row["task_id"]: row
-        for row in await tx.rows("merged_updates", task_id=held["task_id"], run_id=run["id"])
-    }
+    merged = {row["task_id"]: row for row in await tx.rows("merged_updates", task_id=held["task_id"], run_id=run["id"])}
     verdicts = {verdict.task_id: verdict for verdict in report.verdicts}
     if set(verdicts) != set(merged) or len(report.verdicts) != len(merged):
         raise BadUpdate("the merge did not judge exactly the updates that it was given")
@@ -418,11 +405,7 @@ async def _add_version(tx: Transaction, run_id: str, report: Report, *, losses: 
 def _mean_losses(rows: list[dict[str, Any]]) -> dict[str, float]:
     total = sum(row["samples"] for row in rows)
     names = sorted({name for row in rows for name in row["losses"]})
-    return {
-        name: sum(row["losses"].get(name, 0.0) * row["samples"] for row in rows) / total
-        for name in names
-        if total
-    }
+    return {name: sum(row["losses"].get(name, 0.0) * row["samples"] for row in rows) / total for name in names if total}
 
 
 async def _take_taste(desk: Desk, caller: Caller, lease_id: uuid.UUID, report: Report) -> ReportAnswer:
@@ -472,9 +455,7 @@ async def heartbeat(desk: Desk, caller: Caller, request: HeartbeatRequest) -> He
         fates = {row["id"]: row for row in await tx.rows("fate_of_leases", ids=ids, worker_id=caller.subject)}
         credit = await tx.row("credit_of_worker", worker_id=caller.subject)
     drop = [str(id_) for id_ in ids if id_ not in fates or fates[id_]["ended"]]
-    hand_in = [
-        str(id_) for id_, row in fates.items() if not row["ended"] and row["kind"] == "unit" and _is_over(row)
-    ]
+    hand_in = [str(id_) for id_, row in fates.items() if not row["ended"] and row["kind"] == "unit" and _is_over(row)]
     desk.news.tell("change")
     return HeartbeatAnswer(drop=drop, hand_in=hand_in, samples_applied=credit["applied"] if credit else 0)
 
@@ -483,11 +464,7 @@ _STATES = ("idle", "working", "leaving")
 
 
 def _is_over(row: dict[str, Any]) -> bool:
-    timed_out = (
-        row["duration_s"] is not None
-        and row["elapsed_s"] is not None
-        and row["elapsed_s"] >= row["duration_s"]
-    )
+    timed_out = row["duration_s"] is not None and row["elapsed_s"] is not None and row["elapsed_s"] >= row["duration_s"]
     return timed_out or row["run_state"] in ("paused", "finishing")
 
 
@@ -557,6 +534,4 @@ def _amount(claimed: float) -> float:
 
 def _finite(values: dict[str, float]) -> dict[str, float]:
     """Without NaN and infinities, which JSON does not have."""
-    return {
-        name[:60]: float(v) for name, v in list(values.items())[:100] if v == v and abs(v) != float("inf")
-    }
+    return {name[:60]: float(v) for name, v in list(values.items())[:100] if v == v and abs(v) != float("inf")}

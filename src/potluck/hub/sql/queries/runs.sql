@@ -153,7 +153,7 @@ SELECT * FROM versions WHERE run_id = %(run_id)s AND number = %(number)s;
 WITH start AS (
     SELECT COALESCE(MAX(number) FILTER (WHERE snapshot IS NOT NULL), 0) AS newest FROM versions WHERE run_id = %(run_id)s
 )
-SELECT number, weights_sha256, codec, delta, snapshot FROM versions, start
+SELECT number, weights_sha256, codec, delta, snapshot, state FROM versions, start
 WHERE run_id = %(run_id)s AND number > %(after)s
     AND (%(after)s >= 0 OR number >= start.newest)
 ORDER BY number;
