@@ -11,7 +11,7 @@ from potluck.domain.names import clean_name
 from potluck.domain.pool import PoolSettings
 from potluck.errors import BadInput, Conflict, NotFound
 from potluck.hub.commands.desk import Desk, as_blob, as_json, as_type, new_id, note
-from potluck.hub.commands.rounds import cancel_all, merge_policy
+from potluck.hub.commands.rounds import cancel_all, merge_policy, version_of
 from potluck.hub.store import Transaction
 from potluck.protocol import (
     Contribution,
@@ -289,16 +289,7 @@ async def chain(desk: Desk, run_id: str, after: int) -> list[Version]:
     """Deltas from `after` on, unless a snapshot and the deltas after it are fewer bytes."""
     async with desk.ledger.transaction() as tx:
         rows = await tx.rows("chain", run_id=run_id, after=after)
-    found = [
-        Version(
-            row["number"],
-            row["weights_sha256"],
-            row["codec"],
-            as_blob(row["delta"]),
-            as_blob(row["snapshot"]),
-        )
-        for row in rows
-    ]
+    found = [version_of(row, newest=row is rows[-1]) for row in rows]
     starts = [i for i, version in enumerate(found) if version.snapshot is not None]
     if after < 0 or not starts:
         return found

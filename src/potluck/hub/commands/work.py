@@ -204,7 +204,7 @@ async def _take_unit(
             fate, reason = "rejected", str(error)
     update = report.update or Blob("", 0)
     done = joined(report.done) if report.outcome == "done" else []
-    async with desk.ledger.transaction() as tx:
+    async with desk.ledger.transaction(relaxed=True) as tx:
         row = await tx.row(
             "report_unit",
             lease_id=lease_id,
@@ -230,6 +230,8 @@ async def _take_unit(
         if verdict == "ok" and fate == "rejected":
             text = f"unit {row['task_id']} of {caller.name} was rejected: {reason}"
             await note(tx, "unit.rejected", str(row["task_id"]), text, run_id=row["run_id"], actor=caller.name)
+    # Only now wait for the disk: the rows that others want (a part of the positions went back) are free again.
+    await desk.ledger.flush()
     match verdict:
         case "ok" if fate == "rejected":
             return ReportAnswer(False, f"rejected: {reason}")
@@ -265,7 +267,7 @@ def _check_numbers(report: Report, version: int) -> None:
 
 
 async def _give_back(desk: Desk, caller: Caller, lease_id: uuid.UUID, report: Report) -> ReportAnswer:
-    async with desk.ledger.transaction() as tx:
+    async with desk.ledger.transaction(relaxed=True) as tx:
         row = await tx.row(
             "give_back",
             lease_id=lease_id,
@@ -492,7 +494,7 @@ async def expire(desk: Desk) -> int:
     async with desk.ledger.transaction() as tx:
         late = await tx.rows("late_leases")
     for row in late:
-        async with desk.ledger.transaction() as tx:
+        async with desk.ledger.transaction(relaxed=True) as tx:
             ended = await tx.row(
                 "give_back",
                 lease_id=row["id"],

@@ -8,6 +8,7 @@ nothing is marked safe but what a template of ours rendered.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -165,12 +166,21 @@ def render(facts: Facts, names: tuple[str, ...]) -> dict[str, Markup]:
     }
 
 
+_INVISIBLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def _plain(value: Any) -> Any:
+    """Without the characters that turn a sentence around or cannot be seen: a reason must read as it is meant."""
+    return _INVISIBLE.sub("", value) if type(value) is str else value
+
+
 @cache
 def templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("potluck.hub.dashboard"),
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
+        finalize=_plain,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -124,6 +124,15 @@ class Ledger:
                 f"the ledger does not answer, try again in a moment: {str(error).strip()}"
             ) from error
 
+    async def flush(self) -> None:
+        """Return when everything that was committed before is on the disk.
+
+        A durable transaction holds its row locks until the disk has answered. Where many want the same row, commit
+        `relaxed`, flush, and only then tell the caller: the same promise, and nobody else waits for the disk.
+        """
+        async with self.transaction() as tx:
+            await tx.rows("flush")
+
     async def listen(self, heard: Callable[[str], None]) -> None:
         """Call `heard` with every piece of news, for ever; reconnects, and then says "" (something may be missed)."""
         while True:

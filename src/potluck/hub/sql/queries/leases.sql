@@ -42,7 +42,12 @@ WITH next AS (
 )
 SELECT id AS task_id, run_id, kind, spec, attempts FROM task;
 
+-- name: flush
+-- Anything that writes to the log and commits durably: the log is one sequence, so all before it is on the disk too.
+SELECT pg_logical_emit_message(true, 'potluck', '');
+
 -- name: report_unit
+-- The caller turns synchronous_commit off and flushes after it (see Ledger.flush): `supplies` is locked for a moment only.
 -- Hand in a unit: fenced by the lease id and completed by primary keys only. Conditions on `ended_at` and `state` are
 -- looked at after the rows are locked, never in a WHERE that could tempt the planner to a partial index with stale
 -- statistics (that cost a factor of 40: docs/decisions/0003).
