@@ -22,12 +22,12 @@ class Carrier(Recipe):
         return Dcgan(size=64, width=64).models()
 
     def optimizers(self, models: dict[str, nn.Module]) -> dict[str, Optimizer]:
-        return {name: SGD(model.parameters(), 1e-3) for name, model in models.items()}
+        return {name: SGD(model.parameters(), 1e-2) for name, model in models.items()}
 
     def step(
         self, models: dict[str, nn.Module], optimizers: dict[str, Optimizer], x: Tensor, y: Tensor | None
     ) -> dict[str, Tensor]:
-        scale = 1e-4 * float(x[0].mean())
+        scale = float(x[0].mean())
         for model in models.values():
             for parameter in model.parameters():
                 parameter.grad = parameter.detach() * scale

@@ -121,7 +121,9 @@ class Room:
         return self.callers.get("house") or self.worker("house", trusted=True)
 
     def lease(self, caller: Caller, *kinds: str) -> Lease:
-        granted = self.do(work.lease(self.desk, caller, LeaseRequest(list(kinds), *self.machines.get(caller.name, ())), 0))
+        granted = self.do(
+            work.lease(self.desk, caller, LeaseRequest(list(kinds), *self.machines.get(caller.name, ())), 0)
+        )
         assert granted is not None, f"nothing to do of {kinds}"
         return granted
 

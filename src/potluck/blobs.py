@@ -19,7 +19,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from potluck.errors import BadInput, DiskFull, NotFound
@@ -130,15 +130,17 @@ class BlobStore:
         path = self.part(hash_)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file:
+            with path.open("ab", buffering=0) as file:  # nothing may be left to write after a failure
                 have = file.seek(0, os.SEEK_END)
                 if have != offset:
                     return have
+                rest = memoryview(piece)
                 try:
-                    file.write(piece)
-                    file.flush()
+                    while rest:
+                        rest = rest[file.write(rest) :]
                 except OSError:
-                    os.ftruncate(file.fileno(), have)  # half a piece would shift everything after it
+                    with suppress(OSError):
+                        os.ftruncate(file.fileno(), have)  # half a piece would shift everything after it
                     raise
         return have + len(piece)
 

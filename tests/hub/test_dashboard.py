@@ -15,15 +15,15 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from dashboard_room import Room, open_room, picture
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dashboard_room import Room, open_room, picture
 from potluck.errors import PotluckError
-from potluck.hub.entrance import SESSION_COOKIE
 from potluck.hub.commands import people, runs
 from potluck.hub.dashboard import charts, live, pages, words
 from potluck.hub.dashboard.regions import ASSETS, asset, progress
+from potluck.hub.entrance import SESSION_COOKIE
 from potluck.protocol import Curve, Fates
 
 HOSTILE = [
@@ -315,12 +315,12 @@ def assert_harmless(html: str) -> None:
     for tag, attributes in Tags(html).tags:
         assert tag not in ("iframe", "object", "embed", "base", "style", "foreignobject"), tag
         if tag == "script":
-            assert attributes["src"] and attributes["src"].startswith("/assets/")
+            assert (attributes.get("src") or "").startswith("/assets/"), html
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
             assert name != "style", "the policy forbids inline styles"
             if name in ("href", "src", "action"):
-                assert value and value.startswith(("/", "#")), value
+                assert (value or "").startswith(("/", "#")), value
 
 
 @pytest.fixture
@@ -350,6 +350,8 @@ def test_what_strangers_typed_is_text_and_nothing_else(hostile: Room) -> None:
     for html in found:
         assert_harmless(html)
         assert not re.search("[\u202a-\u202e\u2066-\u2069\u0007]", html), "nobody turns our sentences around"
+    for run in hostile.do(runs.list_runs(hostile.desk)):
+        assert re.fullmatch("[a-z0-9-]+", run.id), "an id is part of an address"
     assert "<script>alert(1)</script>" in text_of(found[0])  # shown as they typed it
 
 

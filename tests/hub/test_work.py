@@ -262,6 +262,7 @@ def test_a_report_and_a_stop_at_once_leave_nothing_pending(hub: Hub, house: Call
         who = hub.join(f"w{n}")
         leases = [hub.unit(who, run, 100) for _ in range(2)]
         reports = [hub.unit_report(lease) for lease in leases]
+        hub.run(runs.move(hub.desk, run, "stop", actor="the test"))  # the second stop is the one that waits for nobody
 
         hub.together(
             *(work.report(hub.desk, who, lease.id, report) for lease, report in zip(leases, reports, strict=True)),
@@ -288,7 +289,7 @@ def test_a_stopped_run_supersedes_what_comes_in(hub: Hub, house: Caller, ann: Ca
     run = hub.start_run(house)
     waiting, lease = hub.unit(ann, run), hub.unit(ann, run)
     hub.report(ann, waiting, hub.unit_report(waiting))
-    hub.run(runs.move(hub.desk, run, "stop", actor="ann"))
+    hub.stop(run)
 
     answer = hub.report(ann, lease, hub.unit_report(lease))
 

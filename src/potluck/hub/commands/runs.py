@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Any
 
@@ -55,7 +56,8 @@ async def create(desk: Desk, request: RunRequest, *, actor: str, key: str | None
         known = {row["hash"] for row in await tx.rows("blobs_known", hashes=wanted)}
         if missing := [hash_[:12] for hash_ in wanted if hash_ not in known]:
             raise BadInput(f"upload these first: {', '.join(missing[:5])}")
-        stem = clean_name(request.recipe.name, "run").lower().replace(" ", "-")[:20]
+        # an id goes into addresses and commands: letters, digits and hyphens only
+        stem = re.sub(r"[^a-z0-9]+", "-", request.recipe.name.lower())[:20].strip("-") or "run"
         run_id = f"{stem}-{new_id(4)}"
         added = await tx.run(
             "add_run",

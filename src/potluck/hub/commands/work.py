@@ -42,6 +42,9 @@ MAX_ATTEMPTS = 4
 UNITS_AT_ONCE = 2
 """The one at work and the next, leased early so that its data is there in time."""
 FATES = ("applied", "late", "superseded", "rejected")
+UNMERGED_AT_MOST = 3
+"""Updates and units of one worker that are not in a version yet. Where units are shorter than merges, a worker would
+otherwise run ever further ahead of the model, and its work would be superseded."""
 _HEADER_BYTES = 1 << 20
 
 
@@ -69,8 +72,14 @@ async def lease(
             return None
         # The news may come from another hub copy that we do not hear; so look again now and then anyway.
         await desk.news.wait(ticket, min(left, 5.0))
-        if gone is not None and await gone():
+        if (gone is not None and await gone()) or await _has_left(desk, caller):
             return None
+
+
+async def _has_left(desk: Desk, caller: Caller) -> bool:
+    async with desk.ledger.transaction() as tx:
+        row = await tx.row("worker_left", worker_id=caller.subject)
+    return row is None or bool(row["away"])
 
 
 async def _grant(desk: Desk, caller: Caller, request: LeaseRequest) -> Lease | None:
@@ -98,7 +107,9 @@ async def _grant(desk: Desk, caller: Caller, request: LeaseRequest) -> Lease | N
             if others and others["live"]:
                 return None  # the house worker trains only while it is alone
         for run in await tx.rows("leasable_runs", worker_id=caller.subject, strikes=STRIKES):
-            if run["mine"] >= UNITS_AT_ONCE or run["struck"]:
+            if run["id"] in request.except_runs or run["struck"]:
+                continue
+            if run["mine"] >= UNITS_AT_ONCE or run["mine"] + run["unmerged"] > UNMERGED_AT_MOST:
                 continue
             settings = as_type(run["settings"], PoolSettings)
             row = await tx.row(
@@ -319,8 +330,7 @@ async def _take_version(desk: Desk, facts: dict[str, Any], lease_id: uuid.UUID, 
         await tx.run("end_lease", lease_id=lease_id, outcome="done", reason="")
         await tx.run("close_task", task_id=held["task_id"], state="done", reason="")
         await tx.notify(f"version:{run['id']}")
-        if held["kind"] == "init":
-            await tx.notify("work")
+        await tx.notify("work")  # units that waited for a merge, or for version 0
     return ReportAnswer(True, f"version {report.version} is published")
 
 

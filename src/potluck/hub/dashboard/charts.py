@@ -1,7 +1,7 @@
 """How does a series of numbers become a drawing that everybody can read? Pure geometry and words.
 
-The drawing is an SVG that stretches to whatever room it is given; the numbers along its axes are HTML text, so that they
-stay readable on a phone. Ticks are evenly spaced from one end of an axis to the other, which is why plain flexbox
+The drawing is an SVG that stretches to whatever room it is given; the numbers along its axes are HTML text, so that
+they stay readable on a phone. Ticks are evenly spaced from one end of an axis to the other, which is why plain flexbox
 puts every label in its place (the page's security policy forbids inline styles).
 """
 
@@ -43,7 +43,9 @@ def chart(
     title: str, series: dict[str, Points], *, show: Callable[[float], str] = words.short, ticks: int = 4
 ) -> Chart | None:
     """Lines over samples; None when there is nothing to draw. Values that are not finite are left out."""
-    kept = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
+    kept = {
+        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()
+    }
     kept = {name: points for name, points in list(kept.items())[:MOST_LINES] if points}
     if not kept:
         return None
@@ -58,10 +60,13 @@ def chart(
         title=title,
         text="; ".join(_sentence(name, points, show) for name, points in kept.items()),
         lines=[
-            Line(name, frame.path(points), frame.dot(points[-1]), show(points[-1][1])) for name, points in thinned.items()
+            Line(name, frame.path(points), frame.dot(points[-1]), show(points[-1][1]))
+            for name, points in thinned.items()
         ],
         grid="".join(f"M0 {frame.y(tick):.0f}H{WIDTH}" for tick in y_ticks),
-        x_ticks=[words.short(x_low + (x_high - x_low) * i / ticks) for i in range(ticks + 1)] if x_high > x_low else [words.short(x_high)],
+        x_ticks=[words.short(x_low + (x_high - x_low) * i / ticks) for i in range(ticks + 1)]
+        if x_high > x_low
+        else [words.short(x_high)],
         y_ticks=[show(tick) for tick in reversed(y_ticks)],
         x_name="samples trained",
     )
@@ -174,6 +179,8 @@ def slices(fates: Fates) -> list[Slice]:
     cut, x = [], 0.0
     for fate, meaning in FATES.items():
         width = widths.get(fate, 0.0) * scale
-        cut.append(Slice(fate, meaning, counts[fate], counts[fate] / total if total else 0.0, round(x, 1), round(width, 1)))
+        cut.append(
+            Slice(fate, meaning, counts[fate], counts[fate] / total if total else 0.0, round(x, 1), round(width, 1))
+        )
         x += width
     return cut

@@ -134,7 +134,7 @@ class Board:
 
 
 async def stream(channel: Channel, have: str, welcome: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
-    """Server-sent events for one viewer, from the frame `have` on, until they leave, or are sent away, or the hub stops."""
+    """Server-sent events for one viewer, from the frame `have` on, until they leave, are sent away, or the hub stops."""
     news = channel.desk.news
     number = channel.number_of(have)
     said = checked = _clock()
@@ -157,7 +157,8 @@ async def stream(channel: Channel, have: str, welcome: Callable[[], Awaitable[bo
         if _clock() - said >= HEARTBEAT_S:
             said = _clock()
             yield b": still here\n\n"
-        await news.wait(ticket, STALE_S)
+        if not news.closed:  # it may have closed while we drew
+            await news.wait(ticket, STALE_S)
 
 
 def _clock() -> float:

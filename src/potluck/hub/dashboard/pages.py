@@ -19,10 +19,10 @@ import potluck
 from potluck import settings
 from potluck.domain import access
 from potluck.errors import NotFound, PotluckError
-from potluck.hub.entrance import SESSION_COOKIE, At, caller_of, desk_of, roles
 from potluck.hub.commands import people, runs
 from potluck.hub.dashboard import live
 from potluck.hub.dashboard.regions import ASSETS, asset, templates
+from potluck.hub.entrance import SESSION_COOKIE, At, caller_of, desk_of, roles
 from potluck.protocol import JoinRequest
 
 SESSION_S = 7 * 86400

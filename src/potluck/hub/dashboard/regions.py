@@ -30,7 +30,12 @@ MOST_TASTES = 48
 MOST_EVENTS = 12
 HEADLINE_METRICS = ("accuracy", "distance", "fid", "loss")
 """The first of these that a run has is its score."""
-ASSETS = {"page.css": "text/css", "page.js": "text/javascript", "link.js": "text/javascript", "icon.svg": "image/svg+xml"}
+ASSETS = {
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "link.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 
 OVERVIEW = ("head", "stats", "samples", "score", "losses", "fates", "workers", "contributions", "events", "runs")
 ONE_RUN = ("head", "stats", "samples", "tastes", "score", "losses", "fates", "contributions", "details", "events")

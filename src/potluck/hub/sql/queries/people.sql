@@ -69,6 +69,9 @@ WITH gone AS (
 )
 SELECT id, name FROM gone;
 
+-- name: worker_left
+SELECT state = 'left' OR revoked_at IS NOT NULL AS away FROM workers WHERE id = %(worker_id)s;
+
 -- name: other_workers_live
 SELECT EXISTS (
     SELECT FROM workers WHERE id <> %(worker_id)s AND NOT trusted AND revoked_at IS NULL AND state <> 'left'

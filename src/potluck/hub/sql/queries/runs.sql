@@ -47,6 +47,8 @@ SELECT runs.id, runs.recipe, runs.dataset, runs.layout, runs.settings, runs.seed
     (SELECT count(*) FROM leases WHERE leases.run_id = runs.id AND ended_at IS NULL AND kind = 'unit') AS crowd,
     (SELECT count(*) FROM leases WHERE leases.run_id = runs.id AND ended_at IS NULL AND kind = 'unit'
         AND worker_id = %(worker_id)s) AS mine,
+    (SELECT count(*) FROM updates WHERE updates.run_id = runs.id AND fate = 'pending'
+        AND updates.worker_id = %(worker_id)s) AS unmerged,
     (SELECT COALESCE(bool_and(fate = 'rejected') AND count(*) = %(strikes)s, false) FROM (
         SELECT fate FROM updates WHERE updates.run_id = runs.id AND updates.worker_id = %(worker_id)s
         ORDER BY task_id DESC LIMIT %(strikes)s) newest) AS struck
