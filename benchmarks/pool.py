@@ -92,17 +92,16 @@ def bytes_(folder: Path, strategy: str, scale: float) -> dict[str, float]:
     per_unit = UNIT_SAMPLES if strategy == "local" else 320
     settings = [f"unit_samples={per_unit}", "unit_s=4", "taste_every_s=0", f"strategy={strategy}"]
     settings += ["codec=fp32"] if strategy == "gradient" else []
-    with LocalCluster(folder / "cluster") as cluster:
-        with Relay(("127.0.0.1", int(cluster.hub.address.rpartition(":")[2]))) as relay:
-            for name in ("one", "two"):
-                _join_by(cluster, name, relay.port)
-            run = cluster.train(str(HERE / "recipes.py") + ":Carrier", str(data), "--for", "1h", *_sets(settings))
-            first = _wait_version(cluster, run, 2)
-            up, down = relay.up, relay.down
-            last = _wait_version(cluster, run, 2 + max(4, int((10 if strategy == "local" else 20) * scale)))
-            up, down = relay.up - up, relay.down - down
-            samples = last.samples - first.samples
-            cluster.hub.stop(run)
+    with LocalCluster(folder / "cluster") as cluster, Relay(cluster.port) as relay:
+        for name in ("one", "two"):
+            _join_by(cluster, name, relay.port)
+        run = cluster.train(str(HERE / "recipes.py") + ":Carrier", str(data), "--for", "1h", *_sets(settings))
+        first = _wait_version(cluster, run, 2)
+        up, down = relay.up, relay.down
+        last = _wait_version(cluster, run, 2 + max(4, int((10 if strategy == "local" else 6) * scale)))
+        up, down = relay.up - up, relay.down - down
+        samples = last.samples - first.samples
+        cluster.hub.stop(run)
     return {"bytes_up_per_sample": up / samples, "bytes_down_per_sample": down / samples}
 
 
@@ -149,7 +148,11 @@ def _local_speed(folder: Path, data: Path, shares: list[float], recipe: list[str
         command = [sys.executable, "-m", "potluck.cli", "train", "dcgan", "--data", str(data), "--local", "--json"]
         command += ["--for", f"{seconds}s", "--share", f"{share:.0%}", "--out", str(folder / str(number))]
         command += _sets([*recipe, "taste_every_s=0"])
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "POTLUCK_THREADS": "1", "POTLUCK_HOME": str(folder / "home")}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "POTLUCK_THREADS": "1",
+            "POTLUCK_HOME": str(folder / "home"),
+        }
         children.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, stdin=subprocess.DEVNULL))
     total = 0.0
     for child in children:
@@ -180,7 +183,9 @@ def _join_by(cluster: LocalCluster, name: str, port: int) -> None:
     link = cluster.hub.invite(InviteRequest("worker", uses=1)).url
     direct = cluster.hub.address.rpartition(":")[2]
     home = cluster.folder / "workers" / name
-    cluster.spawn(name, ["join", link.replace(f":{direct}/", f":{port}/"), "--name", name, "--home", str(home), "--no-screen"])
+    cluster.spawn(
+        name, ["join", link.replace(f":{direct}/", f":{port}/"), "--name", name, "--home", str(home), "--no-screen"]
+    )
 
 
 def _pictures(folder: Path, count: int, *, size: int, channels: int) -> Path:

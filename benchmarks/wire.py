@@ -12,8 +12,8 @@ from typing import Self
 class Relay:
     """Listens on a free port of 127.0.0.1 and passes everything on. `up` is worker → hub."""
 
-    def __init__(self, target: tuple[str, int]) -> None:
-        self._target = target
+    def __init__(self, port: int) -> None:
+        self._target = ("127.0.0.1", port)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
         self.up = 0

@@ -25,7 +25,9 @@ console = Console(highlight=False)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="emoji-people", help="emoji-people, mnist5k, avatars, or a folder or zip of images")
+    parser.add_argument(
+        "--data", default="emoji-people", help="emoji-people, mnist5k, avatars, or a folder or zip of images"
+    )
     parser.add_argument("--for", dest="duration", default="3m", help="how long to train")
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -45,7 +47,9 @@ def _show(cluster: LocalCluster, options: argparse.Namespace, out: Path) -> int:
     console.print(f"[bold]A hub is open.[/] Its live page: [cyan]{page}[/]")
     for name, share in SHARES.items():
         cluster.add_worker(name, share=share)
-    console.print("Three workers join it by a link: " + ", ".join(f"{n} ({s:.0%} of a core)" for n, s in SHARES.items()))
+    console.print(
+        "Three workers join it by a link: " + ", ".join(f"{n} ({s:.0%} of a core)" for n, s in SHARES.items())
+    )
     settings = [f"--set={each}" for each in ["unit_s=6", "taste_every_s=15", *options.set]]
     command = ["train", "dcgan", "--data", options.data, "--for", options.duration, "--name", "demo", *settings]
     console.print(f"[dim]$ potluck {' '.join(command)}[/]")
@@ -71,7 +75,9 @@ def _show(cluster: LocalCluster, options: argparse.Namespace, out: Path) -> int:
     )
     first, last = run.first_metrics.get("distance"), run.metrics.get("distance")
     if first and last:
-        console.print(f"distance to the real pictures: {first:.2f} at version 0, [bold]{last:.2f}[/] at version {run.version}")
+        console.print(
+            f"distance to the real pictures: {first:.2f} at version 0, [bold]{last:.2f}[/] at version {run.version}"
+        )
     console.print(f"[bold]What it paints now:[/] {grid}")
     console.print(
         "\nNext, on your own:\n"
@@ -85,7 +91,18 @@ def _show(cluster: LocalCluster, options: argparse.Namespace, out: Path) -> int:
 
 def _table(cluster: LocalCluster, run: str) -> Table:
     table = Table(title="Who contributed what", title_justify="left")
-    for name in ("machine", "share", "units", "samples/s", "credited", "applied", "late", "superseded", "rejected", "lost"):
+    for name in (
+        "machine",
+        "share",
+        "units",
+        "samples/s",
+        "credited",
+        "applied",
+        "late",
+        "superseded",
+        "rejected",
+        "lost",
+    ):
         table.add_column(name, justify="left" if name == "machine" else "right")
     for row in cluster.hub.contributions(run):
         counts = [f"{n:,}" for n in _counts(row.fates)]

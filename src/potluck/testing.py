@@ -113,7 +113,7 @@ class LocalCluster:
         self._host = ["host", "--data-dir", str(self.data_dir), "--bind", "127.0.0.1"]
         self._host += ["--database", database] if database else []
         self._host += [] if house_worker else ["--no-house-worker"]
-        self._port = port
+        self.port = port
         self.environment = {
             **os.environ,
             "POTLUCK_HOME": str(folder / "home"),
@@ -144,13 +144,13 @@ class LocalCluster:
     def start_hub(self) -> None:
         """Start it, or start it again on the same port, and wait until it is ready."""
         note = self.data_dir / "hub.json"
-        if not self._port and note.exists():
-            self._port = int(json.loads(note.read_text())["address"].rpartition(":")[2])
+        if not self.port and note.exists():
+            self.port = int(json.loads(note.read_text())["address"].rpartition(":")[2])
         note.unlink(missing_ok=True)
-        self.spawn("hub", [*self._host, "--port", str(self._port)])
+        self.spawn("hub", [*self._host, "--port", str(self.port)])
         self.until(note.exists, timeout_s=90, what="the hub's hub.json")
         facts = json.loads(note.read_text())
-        self._port = int(facts["address"].rpartition(":")[2])
+        self.port = int(facts["address"].rpartition(":")[2])
         self._token = facts["admin_token"]
         self._hub = Hub(facts["address"], facts["admin_token"], facts["fingerprint"])
 
@@ -367,4 +367,3 @@ class LocalCluster:
         home = Path(json.loads(place.read_text()).get("home", ""))
         if home.is_absolute() and not home.is_relative_to(self.folder):
             shutil.rmtree(home, ignore_errors=True)  # root's server could not reach our closed folder
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from conftest import TINY
-
 from potluck.testing import FaultPlan, LocalCluster, Samples, Version
 
 SETTINGS = ("--set=unit_s=2", "--set=taste_every_s=0")

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from dashboard_room import Room, open_room, picture
 from potluck.errors import PotluckError
 from potluck.hub.commands import people, runs
+from potluck.hub.commands.board import Point
 from potluck.hub.dashboard import charts, live, pages, words
 from potluck.hub.dashboard.regions import ASSETS, asset, progress
 from potluck.hub.entrance import SESSION_COOKIE
-from potluck.protocol import Curve, Fates
+from potluck.protocol import Fates
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -111,7 +112,7 @@ def test_every_fate_that_happened_is_seen_in_the_bar(counts: list[int]) -> None:
 
 
 def test_losses_share_a_chart_but_an_accuracy_gets_its_own() -> None:
-    curve = [Curve(v, "", v * 100, {"loss": 2.0 / v, "accuracy": 0.4 + v / 10}, 1, 1, "") for v in (1, 2, 3)]
+    curve = [Point(v, v * 100, {"loss": 2.0 / v, "accuracy": 0.4 + v / 10}) for v in (1, 2, 3)]
 
     first, second = charts.losses(curve)
 

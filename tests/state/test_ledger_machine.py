@@ -284,7 +284,7 @@ def _run(hub: Hub, examples: int, steps: int) -> None:
 
 
 def test_every_position_has_one_place_and_every_update_one_fate(machine_hub: Hub) -> None:
-    _run(machine_hub, examples=12, steps=30)
+    _run(machine_hub, examples=8, steps=30)
 
 
 @pytest.mark.slow

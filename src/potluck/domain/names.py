@@ -10,9 +10,7 @@ MAX_NAME = 40
 
 def clean_name(text: str, fallback: str) -> str:
     """`text` without control, format and bidi characters, in one line, at most 40 characters; else `fallback`."""
-    kept = "".join(
-        c if unicodedata.category(c)[0] != "C" else " " for c in unicodedata.normalize("NFC", text)
-    )
+    kept = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in unicodedata.normalize("NFC", text))
     return " ".join(kept.split())[:MAX_NAME].strip() or fallback
 
 

@@ -35,6 +35,7 @@ class PoolSettings:
     taste_every_s: float = 20.0  # seconds between sample grids; 0: only the first and the last
     taste_count: int = 64  # pictures a grid
     snapshot_every: int = 10  # versions between full snapshots
+    keep_updates: bool = False  # keep merged updates on the hub's disk, to replay the run later
 
     def __post_init__(self) -> None:
         _one_of("preset", self.preset, ("average", "nesterov"))
@@ -80,6 +81,11 @@ def _within(name: str, value: float, low: float, high: float) -> None:
 
 
 def _coerce(name: str, value: Any, kind: type) -> Any:
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(value).lower() not in words:
+            raise BadInput(f"{name} is `{value}`: it must be yes or no")
+        return words[str(value).lower()]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadInput(f"{name} is {value!r}: it must be a {kind.__name__}")
     try:
@@ -186,9 +192,7 @@ def outer_step(settings: PoolSettings) -> tuple[str, float, float]:
     """
     if settings.strategy == "gradient":
         return "adam", 2e-4 if settings.outer_lr < 0 else settings.outer_lr, 0.5
-    outer, lr, momentum = {"average": ("average", 1.0, 0.0), "nesterov": ("nesterov", 0.7, 0.3)}[
-        settings.preset
-    ]
+    outer, lr, momentum = {"average": ("average", 1.0, 0.0), "nesterov": ("nesterov", 0.7, 0.3)}[settings.preset]
     return (
         outer,
         lr if settings.outer_lr < 0 else settings.outer_lr,

@@ -129,6 +129,7 @@ def _serve(settings: HubSettings, listener: socket.socket, dsn: str, postgres: E
             await house.keep(desk, settings.data_dir / "house", place.local)
 
     background: list[Background] = [announce, lambda: upkeep.run_forever(desk), lambda: upkeep.hear(desk)]
+    background.append(lambda: upkeep.sweep_forever(desk))
     if postgres is not None:
         background.append(lambda: _watch(desk, postgres))
     config = uvicorn.Config(
@@ -192,12 +193,12 @@ def _listen(bind: str, port: int) -> socket.socket:
 
 
 def _local_host(bind: str) -> str:
-    return "127.0.0.1" if bind in ("0.0.0.0", "") else "[::1]" if bind == "::" else bind  # noqa: S104
+    return "127.0.0.1" if bind in ("0.0.0.0", "") else "[::1]" if bind == "::" else bind
 
 
 def _reachable_host(bind: str) -> str:
     """The address that other machines of this network would use. Sends nothing."""
-    if bind not in ("0.0.0.0", "", "::"):  # noqa: S104
+    if bind not in ("0.0.0.0", "", "::"):
         return f"[{bind}]" if ":" in bind else bind
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # a documentation address: connect() of UDP only asks the routing table

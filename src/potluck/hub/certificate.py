@@ -57,8 +57,6 @@ def _make(certificate: Path, key_path: Path, bind: str) -> None:
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     write_private(key_path, pem.decode())
     certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))

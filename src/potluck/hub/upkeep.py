@@ -6,13 +6,16 @@ import asyncio
 from datetime import timedelta
 
 from potluck.errors import PotluckError
-from potluck.hub.commands import rounds, work
+from potluck.hub.commands import files, rounds, work
 from potluck.hub.commands.desk import Desk
 from potluck.telemetry import logger
 
 log = logger("hub.upkeep")
 RETURN_GRACE = timedelta(seconds=30)
 """How long workers have to come back after the hub was away, before their leases may expire."""
+
+
+SWEEP_EVERY_S = 30.0
 
 
 async def welcome_back(desk: Desk) -> None:
@@ -44,6 +47,16 @@ async def run_forever(desk: Desk) -> None:
             log.warning("upkeep.waits", reason=str(error))
             wake = 1.0
         await desk.news.wait(ticket, wake)
+
+
+async def sweep_forever(desk: Desk) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_EVERY_S)
+        try:
+            if count := await files.sweep(desk):
+                log.info("blobs.swept", count=count)
+        except PotluckError as error:
+            log.warning("sweep.waits", reason=str(error))
 
 
 async def hear(desk: Desk) -> None:

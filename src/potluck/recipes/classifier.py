@@ -7,7 +7,7 @@ so that the weights are all there is to share.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (everybody's name for it)
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 

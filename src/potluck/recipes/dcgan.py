@@ -8,7 +8,7 @@ the generator to make pictures that the discriminator takes for real.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (everybody's name for it)
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.optim import Adam, Optimizer
 

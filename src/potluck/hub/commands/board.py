@@ -26,6 +26,22 @@ class RunBrief:
     ended_at: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What a version's updates said of their losses."""
+
+    version: int
+    samples: int
+    losses: dict[str, float]
+
+
+async def curve(desk: Desk, run_id: str, most: int = 480) -> list[Point]:
+    """At most `most` points, however long the run is; `runs.curve` has them all."""
+    async with desk.ledger.transaction() as tx:
+        rows = await tx.rows("curve_of_many", run_id=run_id, most=most)
+    return [Point(row["number"], int(row["applied_samples"]), row["losses"]) for row in rows]
+
+
 async def briefs(desk: Desk, limit: int = 20) -> list[RunBrief]:
     """The liveliest first, then the newest."""
     async with desk.ledger.transaction() as tx:

@@ -57,3 +57,12 @@ async def append(desk: Desk, upload_id: str, offset: int, piece: bytes) -> Uploa
 async def _record(desk: Desk, blob: Blob) -> None:
     async with desk.ledger.transaction() as tx:
         await tx.run("put_blob", hash=blob.hash, size_bytes=blob.size_bytes)
+
+
+async def sweep(desk: Desk) -> int:
+    """Free the bytes that the model has taken in: merged updates, outer states and snapshots of old versions."""
+    async with desk.ledger.transaction() as tx:
+        hashes = [row["hash"] for name in ("sweep_updates", "sweep_versions") for row in await tx.rows(name)]
+    for hash_ in hashes:  # after the commit: a crash in between leaves bytes, never a name without bytes
+        await asyncio.to_thread(desk.blobs.remove, hash_)
+    return len(hashes)

@@ -516,7 +516,10 @@ async def expire(desk: Desk) -> int:
             )
             if ended is None or not ended["was_live"]:
                 continue
-            text = f"{row['kind']} {row['task_id']} was lost: its worker fell silent for {desk.lease_ttl_s:g} s; somebody else gets it"
+            text = (
+                f"{row['kind']} {row['task_id']} was lost: its worker fell silent for {desk.lease_ttl_s:g} s; "
+                "somebody else gets it"
+            )
             await note(tx, row["kind"] + ".lost", str(row["task_id"]), text, run_id=row["run_id"])
             await tx.notify("work")
         desk.news.tell("rounds")

@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from potluck.hub.commands.board import Point
 from potluck.hub.dashboard import words
-from potluck.protocol import Curve, Fates, Taste
+from potluck.protocol import Fates, Taste
 
 WIDTH, HEIGHT = 1000, 400
 MOST_POINTS = 240
@@ -67,12 +68,12 @@ def chart(
         x_ticks=[words.short(x_low + (x_high - x_low) * i / ticks) for i in range(ticks + 1)]
         if x_high > x_low
         else [words.short(x_high)],
-        y_ticks=[show(tick) for tick in reversed(y_ticks)],
+        y_ticks=[show(tick).replace(".0 %", " %") for tick in reversed(y_ticks)],
         x_name="samples trained",
     )
 
 
-def losses(curve: Sequence[Curve]) -> list[Chart]:
+def losses(curve: Sequence[Point]) -> list[Chart]:
     """Losses share one chart; whatever else a recipe reports (an accuracy) has another scale and gets its own."""
     names = list(dict.fromkeys(name for point in curve for name in point.losses))
     together = [name for name in names if not words.is_fraction(name)]

@@ -4,13 +4,14 @@
 
 A `Channel` is one page that is being looked at: the overview, or one run. It keeps the newest `Frame`, and in it the
 message, ready as bytes, that takes a viewer from an earlier frame to this one: only the regions that differ. A channel
-rests at least `PAUSE_S` between frames, and ten times as long as a frame took to make, so that no crowd and no long
+rests at least `PAUSE_S` between frames, and five times as long as a frame took to make, so that no crowd and no long
 history can take the hub away from its workers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -27,13 +28,13 @@ from potluck.telemetry import logger
 log = logger("hub.dashboard")
 PAUSE_S = 0.5
 """Seconds between two frames, at least."""
-RENDER_SHARE = 0.1
-"""Part of the hub's time that drawing one page may take."""
+RENDER_SHARE = 0.2
+"""Part of the time that drawing one page may take, most of it waiting for the ledger."""
 STALE_S = 5.0
 """A frame is drawn anew after this long even without news: silence, too, changes what there is to see."""
 HEARTBEAT_S = 15.0
 RECHECK_S = 5.0
-"""How often a stream asks whether its viewer is still welcome."""
+"""About how often a stream asks whether its viewer is still welcome; not all of them at the same moment."""
 RETRY_MS = 2000
 MOST_CHANNELS = 32
 
@@ -134,15 +135,16 @@ class Board:
 
 
 async def stream(channel: Channel, have: str, welcome: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
-    """Server-sent events for one viewer, from the frame `have` on, until they leave, are sent away, or the hub stops."""
+    """Server-sent events for one viewer, from frame `have` on, until they leave, are sent away, or the hub stops."""
     news = channel.desk.news
     number = channel.number_of(have)
     said = checked = _clock()
+    recheck_s = RECHECK_S * random.uniform(0.7, 1.3)
     yield b"retry: %d\n\n" % RETRY_MS
     while not news.closed:
         ticket = news.ticket("change")
         try:
-            if _clock() - checked >= RECHECK_S:
+            if _clock() - checked >= recheck_s:
                 checked = _clock()
                 if not await welcome():
                     yield b"event: bye\ndata: {}\n\n"

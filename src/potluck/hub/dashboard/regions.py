@@ -19,10 +19,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from potluck.hub.commands import board, people, runs
-from potluck.hub.commands.board import LIVE, RunBrief
+from potluck.hub.commands.board import LIVE, Point, RunBrief
 from potluck.hub.commands.desk import Desk
 from potluck.hub.dashboard import charts, words
-from potluck.protocol import Contribution, Curve, Event, RunView, Taste, Why, WorkerView
+from potluck.protocol import Contribution, Event, RunView, Taste, Why, WorkerView
 
 MOST_TILES = 96
 MOST_ROWS = 60
@@ -50,7 +50,7 @@ class Facts:
     briefs: list[RunBrief]
     run: RunView | None
     tastes: list[Taste]
-    curve: list[Curve]
+    curve: list[Point]
     contributions: list[Contribution]
     events: list[Event]
     why: Why | None
@@ -110,20 +110,21 @@ async def gather(desk: Desk, run_id: str) -> Facts:
     """The facts of one run's page, or with "" of the overview, whose run is the liveliest one."""
     overview = not run_id
     briefs = await board.briefs(desk) if overview else []
-    workers = await people.workers(desk) if overview else []
+    workers = await people.workers(desk, totals=False)
     chosen = run_id or (briefs[0].id if briefs else "")
     events = await runs.events(desk, ref=run_id or None, limit=MOST_EVENTS)
     if not chosen:
         return Facts(desk.name, workers, briefs, None, [], [], [], events, None, one_run=False)
     run = await runs.show(desk, chosen)
-    stuck = run.state == "queued" or (run.state == "running" and not run.active_workers)
+    anybody = any(worker.state in ("working", "idle") and not worker.trusted for worker in workers)
+    stuck = run.state == "queued" or (run.state == "running" and not run.active_workers and not anybody)
     return Facts(
         hub=desk.name,
         workers=workers,
         briefs=briefs,
         run=run,
         tastes=await runs.tastes(desk, chosen),
-        curve=await runs.curve(desk, chosen),
+        curve=await board.curve(desk, chosen),
         contributions=await runs.contributions(desk, chosen),
         events=events,
         why=await runs.why(desk, chosen) if stuck else None,

@@ -120,9 +120,7 @@ class Ledger:
         except psycopg.errors.UniqueViolation as error:
             raise TryLater("somebody else did the same at the same moment: try again") from error
         except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
-            raise TryLater(
-                f"the ledger does not answer, try again in a moment: {str(error).strip()}"
-            ) from error
+            raise TryLater(f"the ledger does not answer, try again in a moment: {str(error).strip()}") from error
 
     async def flush(self) -> None:
         """Return when everything that was committed before is on the disk.
@@ -166,8 +164,6 @@ async def migrate(connection: AsyncConnection[DictRow]) -> list[str]:
         for number, name, text in known:
             if number > newest:
                 await connection.execute(text)
-                await connection.execute(
-                    "INSERT INTO migrations (number, name) VALUES (%s, %s)", (number, name)
-                )
+                await connection.execute("INSERT INTO migrations (number, name) VALUES (%s, %s)", (number, name))
                 applied.append(name)
     return applied

@@ -144,9 +144,11 @@ CREATE TABLE updates (
     fate text NOT NULL DEFAULT 'pending' CHECK (fate IN ('pending', 'applied', 'late', 'superseded', 'rejected')),
     fate_reason text NOT NULL DEFAULT '',
     fate_version integer,
-    weight real, norm real, cosine real
+    weight real, norm real, cosine real,
+    swept boolean NOT NULL DEFAULT false    -- its bytes are gone: the model has them
 ) WITH (fillfactor = 80, autovacuum_analyze_scale_factor = 0.02, autovacuum_vacuum_scale_factor = 0.05);
 CREATE INDEX updates_pending ON updates (run_id) WHERE fate = 'pending';
+CREATE INDEX updates_to_sweep ON updates (reported_at) WHERE NOT swept;
 CREATE INDEX updates_by_worker ON updates (run_id, worker_id, task_id);
 CREATE INDEX updates_recent ON updates (run_id, reported_at);
 

@@ -250,3 +250,42 @@ SELECT worker_id, count(*) AS units,
     COALESCE(SUM(samples) FILTER (WHERE fate = 'rejected'), 0)::bigint AS rejected,
     COALESCE(SUM(samples) FILTER (WHERE fate = 'pending'), 0)::bigint AS pending
 FROM updates GROUP BY worker_id;
+
+-- name: sweep_updates
+-- Updates whose fate is settled, unless the run keeps them or the same bytes wait under another name.
+WITH settled AS (
+    SELECT task_id, blob_hash FROM updates JOIN runs ON runs.id = updates.run_id
+    WHERE NOT swept AND fate <> 'pending' AND reported_at < now() - interval '2 minutes'
+        AND NOT COALESCE((runs.settings ->> 'keep_updates')::boolean, false)
+    ORDER BY reported_at LIMIT 500
+), gone AS (
+    UPDATE updates SET swept = true FROM settled WHERE updates.task_id = settled.task_id
+), free AS (
+    DELETE FROM blobs USING settled WHERE blobs.hash = settled.blob_hash
+        AND NOT EXISTS (SELECT FROM updates other WHERE other.fate = 'pending' AND other.blob_hash = settled.blob_hash)
+    RETURNING blobs.hash
+)
+SELECT hash FROM free;
+
+-- name: sweep_versions
+-- Outer states of versions long past, and all snapshots but the first, the newest two and those of the last ten versions.
+WITH old AS (
+    SELECT v.run_id, v.number, v.state, v.snapshot, v.number > 0 AND v.number < runs.version - 10 AND v.number < (
+        SELECT COALESCE(MIN(number), 0) FROM (SELECT number FROM versions s WHERE s.run_id = v.run_id
+            AND s.snapshot IS NOT NULL ORDER BY number DESC LIMIT 2) newest) AS stale
+    FROM versions v JOIN runs ON runs.id = v.run_id
+    WHERE v.number < runs.version - 10 AND (v.state IS NOT NULL OR (v.snapshot IS NOT NULL AND v.number > 0))
+    ORDER BY v.run_id, v.number LIMIT 200
+), gone AS (
+    UPDATE versions SET state = NULL, snapshot = CASE WHEN old.stale THEN NULL ELSE versions.snapshot END
+    FROM old WHERE versions.run_id = old.run_id AND versions.number = old.number
+), hashes AS (
+    SELECT state ->> 'hash' AS hash FROM old WHERE state IS NOT NULL
+    UNION SELECT snapshot ->> 'hash' FROM old WHERE stale AND snapshot IS NOT NULL
+), free AS (
+    DELETE FROM blobs USING hashes WHERE blobs.hash = hashes.hash AND NOT EXISTS (
+        SELECT FROM versions v JOIN runs ON runs.id = v.run_id WHERE v.number >= runs.version - 10
+            AND (v.state ->> 'hash' = hashes.hash OR v.snapshot ->> 'hash' = hashes.hash))
+    RETURNING blobs.hash
+)
+SELECT hash FROM free;
