@@ -139,9 +139,15 @@ def cycle(run_id: str, *, keep: int = WANT) -> str:
     report = {
         **common,
         **dict.fromkeys(("steps", "size_bytes", "bytes_up", "bytes_down"), "1000"),
-        "done": done, "samples": str(keep), "base_version": "0", "seconds": "10.0",
-        "blob_hash": "'" + "0" * 64 + "'", "codec": "'int8'", "losses": '\'{"d_loss": 0.7, "g_loss": 1.1}\'::jsonb',
-        "fate": "'pending'", "fate_reason": "''",
+        "done": done,
+        "samples": str(keep),
+        "base_version": "0",
+        "seconds": "10.0",
+        "blob_hash": "'" + "0" * 64 + "'",
+        "codec": "'int8'",
+        "losses": '\'{"d_loss": 0.7, "g_loss": 1.1}\'::jsonb',
+        "fate": "'pending'",
+        "fate_reason": "''",
     }
     return "\n".join(
         [

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_kit import Hub, open_hub
 from hypothesis import HealthCheck, settings
-from ledger_fixture import both_dsn, debian_dsn, embedded_dsn, fresh_database, fresh_dsn
 
+from hub_kit import Hub, open_hub
+from ledger_fixture import both_dsn, debian_dsn, embedded_dsn, fresh_database, fresh_dsn
 from potluck.hub.commands.desk import Caller
 
 __all__ = ["both_dsn", "debian_dsn", "embedded_dsn", "fresh_dsn"]

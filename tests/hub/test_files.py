@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from hub_kit import Hub
 
+from hub_kit import Hub
 from potluck.errors import BadInput, Conflict, NotFound
 from potluck.hub.commands import files
 from potluck.protocol import Blob
@@ -83,7 +83,9 @@ def test_an_empty_blob_is_a_blob(hub: Hub) -> None:
     assert hub.blobs.read(hashlib.sha256(b"").hexdigest()) == b""
 
 
-@pytest.mark.parametrize("upload_id", ["", "x", "a" * 64, "a" * 64 + "-", "a" * 64 + "-²", "../" * 22 + "-5", "A" * 64 + "-5"])
+@pytest.mark.parametrize(
+    "upload_id", ["", "x", "a" * 64, "a" * 64 + "-", "a" * 64 + "-²", "../" * 22 + "-5", "A" * 64 + "-5"]
+)
 def test_an_upload_that_cannot_be_is_not_found(hub: Hub, upload_id: str) -> None:
     with pytest.raises((NotFound, BadInput)):
         hub.run(files.status(hub.desk, upload_id))

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from ledger_fixture import fresh_database
 from psycopg import AsyncConnection
 from psycopg.rows import dict_row
 
+from ledger_fixture import fresh_database
 from potluck.errors import LedgerError
 from potluck.hub.store import Ledger
 from potluck.hub.store.ledger import migrate, migrations, statements

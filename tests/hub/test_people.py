@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hub_kit import Hub, check_positions, sha256
 
+from hub_kit import Hub, check_positions, sha256
 from potluck.errors import BadInput, NotAllowed, NotFound, NotKnown, TryLater, VersionMismatch
 from potluck.hub.commands import people
 from potluck.hub.commands.desk import Caller
@@ -57,7 +57,9 @@ def test_an_expired_a_revoked_and_an_unknown_link_each_say_what_to_do(hub: Hub) 
 def test_names_are_made_unique_and_clean(hub: Hub) -> None:
     code = invite(hub, uses=9)
 
-    names = [join(hub, code, name).name for name in ("ann", "ann", "ann", "a%n", "a_n", "\x1b[31mred\x00\u202e", "x" * 99)]
+    names = [
+        join(hub, code, name).name for name in ("ann", "ann", "ann", "a%n", "a_n", "\x1b[31mred\x00\u202e", "x" * 99)
+    ]
 
     assert names == ["ann", "ann-2", "ann-3", "a%n", "a_n", "[31mred", "x" * 40]
 

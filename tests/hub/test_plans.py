@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_kit import Hub, open_hub
-from ledger_fixture import fresh_database
 from psycopg import ClientCursor
 
+from hub_kit import Hub, open_hub
+from ledger_fixture import fresh_database
 from potluck.hub.store.ledger import statements
 
 UNITS = 100_000
@@ -115,7 +115,9 @@ def explain(scene: Scene, name: str, **values: Any) -> tuple[list[Access], int]:
     names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", text)))
     for number, key in enumerate(names, 1):
         text = text.replace(f"%({key})s", f"${number}")
-    types = [TYPES.get(key, "text") + ("[]" if name == "renew" and key in ("steps", "samples") else "") for key in names]
+    types = [
+        TYPES.get(key, "text") + ("[]" if name == "renew" and key in ("steps", "samples") else "") for key in names
+    ]
     side = scene.hub.side
     plan_name = f"p_{name}"
     head = f"PREPARE {plan_name}" + (f" ({', '.join(types)})" if types else "")

@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from hub_kit import Hub, check_accounts, check_positions
 
+from hub_kit import Hub, check_accounts, check_positions
 from potluck.errors import BadInput, Conflict, NotFound, UnknownSetting
 from potluck.hub import upkeep
 from potluck.hub.commands import rounds, runs, work
@@ -58,7 +58,9 @@ def test_the_same_key_at_the_same_moment_is_the_same_run(hub: Hub) -> None:
     assert hub.one("SELECT count(*) FROM tasks") == 1
 
 
-@pytest.mark.parametrize("spoil", ["mode", "empty", "held out", "sum", "shard", "samples", "for", "recipe", "setting", "seed"])
+@pytest.mark.parametrize(
+    "spoil", ["mode", "empty", "held out", "sum", "shard", "samples", "for", "recipe", "setting", "seed"]
+)
 def test_a_run_that_cannot_be_is_refused_and_leaves_nothing(hub: Hub, spoil: str) -> None:
     request = hub.request()
     dataset = request.dataset

@@ -23,9 +23,9 @@ import msgspec
 import psycopg
 import pytest
 import uvicorn
+
 from hub_kit import SETTINGS, Hub, open_hub, sha256
 from ledger_fixture import fresh_database
-
 from potluck.hub import upkeep
 from potluck.hub.app import make_app
 from potluck.hub.commands import people

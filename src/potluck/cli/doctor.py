@@ -86,7 +86,7 @@ def torch() -> Iterator[Finding]:
         version = metadata.version("torch")
         from potluck.train import device
     except (metadata.PackageNotFoundError, ImportError, OSError) as error:
-        advice = "To work here: pip install 'potluck-train[train]'."
+        advice = "To work here: pip install '.[train]'."
         yield Finding("torch", None, f"torch cannot be used here ({error}); a hub does not need it.", advice)
         return
     yield Finding("torch", True, f"torch {version} is here and would train on {device.pick('auto')}.")
@@ -120,7 +120,7 @@ def postgres() -> Iterator[Finding]:
         binaries = find_binaries()
     except (ImportError, PotluckError) as error:
         text = f"No PostgreSQL for a hub here: {str(error).rstrip('.')}."
-        yield Finding("postgresql", None, text, "Only a hub needs one: pip install 'potluck-train[hub]'.")
+        yield Finding("postgresql", None, text, "Only a hub needs one: pip install '.[hub]'.")
         return
     yield Finding("postgresql", True, f"A hub here would run PostgreSQL {binaries.major} ({binaries.origin}).")
 

@@ -45,7 +45,7 @@ def host_command(**flags: Any) -> int:
         if (error.name or "").startswith("potluck"):
             raise
         raise PotluckError(
-            f"a hub needs the package {error.name}, which is not here: pip install 'potluck-train[hub]'"
+            f"a hub needs the package {error.name}, which is not here: pip install '.[hub]'"
         ) from error
     settings.remember_hub_dir(chosen.data_dir)
     code = serve(chosen)

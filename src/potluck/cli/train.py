@@ -236,7 +236,7 @@ def _path_in(text: str) -> str:
 def without_torch(error: ModuleNotFoundError) -> PotluckError:
     if (error.name or "").startswith("potluck"):
         raise error
-    return PotluckError(f"this needs the package {error.name}, which is not here: pip install 'potluck-train[train]'")
+    return PotluckError(f"this needs the package {error.name}, which is not here: pip install '.[train]'")
 
 
 def pack_data(source: str, recipe: Recipe, add: Callable[[bytes], Blob], where: str) -> Dataset:

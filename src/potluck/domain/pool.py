@@ -102,6 +102,10 @@ MOST_UNIT_SAMPLES = 10**9
 """However fast a worker claims to be."""
 
 
+FASTEST = 1e9
+"""Samples per second that nobody does; whoever claims more is offered a first unit."""
+
+
 def unit_size(settings: PoolSettings, samples_per_s: float | None) -> int:
     """How many positions to carve for a worker that does `samples_per_s` in this run (None: not known yet).
 
@@ -110,7 +114,7 @@ def unit_size(settings: PoolSettings, samples_per_s: float | None) -> int:
     """
     if settings.unit_samples:
         return settings.unit_samples
-    if not samples_per_s or not math.isfinite(samples_per_s):
+    if samples_per_s is None or not 0 < samples_per_s < math.inf:
         return FIRST_UNIT_SAMPLES
     return max(64, math.ceil(min(1.7 * settings.unit_s * samples_per_s, MOST_UNIT_SAMPLES)))
 

@@ -158,7 +158,8 @@ async def append(desk: At, request: Request, upload_id: str, offset: Annotated[i
     return await files.append(desk, upload_id, offset, bytes(piece))
 
 
-@api.api_route("/blobs/{hash_}", methods=["GET", "HEAD"], response_class=FileResponse, **roles(access.ANYBODY))
+@api.head("/blobs/{hash_}", include_in_schema=False, response_class=FileResponse, **roles(access.ANYBODY))
+@api.get("/blobs/{hash_}", response_class=FileResponse, **roles(access.ANYBODY))
 async def blob(desk: At, hash_: str) -> FileResponse:
     """The bytes; ranges are honoured. Always as a download, never as something a browser would run."""
     path = desk.blobs.path(hash_)

@@ -15,7 +15,7 @@ from typing import Any
 
 from potluck.errors import DataError, DiskFull
 
-INSTALL = 'pip install "potluck-train[huggingface]"'
+INSTALL = 'pip install ".[huggingface]"'
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def parquet(path: Path, images: ImageFormat, cache_dir: Path) -> Source:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(
-            f'{path} is a parquet table, and reading one needs pyarrow: pip install "potluck-train[huggingface]"'
+            f'{path} is a parquet table, and reading one needs pyarrow: pip install ".[huggingface]"'
         ) from error
     spill = Spill(cache_dir)
     y: list[int] = []

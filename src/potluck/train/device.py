@@ -44,6 +44,14 @@ def pause_s(step_s: float, share: float) -> float:
     return step_s * (1 / min(max(share, 0.01), 1.0) - 1)
 
 
+def finish(device: torch.device) -> None:
+    """Wait until the device has done what it was told; a step's time means nothing before that."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def is_fatal(error: BaseException) -> bool:
     """Out of memory, or a device that has faulted: the process must not go on."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

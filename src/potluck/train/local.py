@@ -181,6 +181,7 @@ class _Session:
             if self.at.steps % AVERAGE_EVERY == 0:
                 self.average(len(batch) * AVERAGE_EVERY)
             if self.plan.share < 1:
+                devices.finish(self.device)
                 time.sleep(devices.pause_s(time.monotonic() - now, self.plan.share))
             before, now = now, time.monotonic()
             self.at.seconds += now - before

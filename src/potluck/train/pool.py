@@ -288,6 +288,8 @@ class Contributor:
         unit.done.extend(batch.positions)
         if unit.left < run.smallest_batch:
             unit.left = 0
+        if unit.job.share < 1:
+            devices.finish(run.device)
         took = self._clock() - now
         run.step_s = took if not run.step_s else 0.7 * run.step_s + 0.3 * took
         self._rest_until = now + took + devices.pause_s(took, unit.job.share)

@@ -336,6 +336,9 @@ async def _why_run(tx: Transaction, run_id: str) -> Why:
     if view.state == "queued":
         return Why(run_id, f"{run_id} waits until the trusted worker has built version 0", "a few seconds")
     if not round_["active"]:
+        crew = await tx.row("anybody_live")
+        if crew is not None and crew["live"]:
+            return Why(run_id, f"{run_id} is {view.state}: its workers are between two units, or wait for a merge")
         return Why(run_id, f"{run_id} has work, but no worker is connected", "potluck invite, then potluck join LINK")
     newest = await tx.rows("curve", run_id=run_id)
     last = f"; version {view.version}: {newest[-1]['reason']}" if newest else ""

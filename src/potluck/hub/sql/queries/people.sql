@@ -77,6 +77,11 @@ SELECT EXISTS (
     SELECT FROM workers WHERE id <> %(worker_id)s AND NOT trusted AND revoked_at IS NULL AND state <> 'left'
         AND last_seen > now() - interval '30 seconds') AS live;
 
+-- name: anybody_live
+SELECT EXISTS (
+    SELECT FROM workers WHERE NOT trusted AND revoked_at IS NULL AND state <> 'left'
+        AND last_seen > now() - interval '40 seconds') AS live;
+
 -- name: trusted_worker_live
 SELECT EXISTS (
     SELECT FROM workers WHERE trusted AND revoked_at IS NULL AND state <> 'left'
