@@ -20,7 +20,7 @@ from potluck.settings import DEFAULT_PORT
 from potluck.testing import LocalCluster
 
 SHARES = {"gaming-pc": 1.0, "laptop": 0.5, "old-laptop": 0.25}
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def main() -> int:
@@ -50,7 +50,10 @@ def _show(cluster: LocalCluster, options: argparse.Namespace, out: Path) -> int:
     console.print(
         "Three workers join it by a link: " + ", ".join(f"{n} ({s:.0%} of a core)" for n, s in SHARES.items())
     )
-    settings = [f"--set={each}" for each in ["size=32", "width=32", "unit_s=6", "taste_every_s=15", "ema_decay=0.9", *options.set]]
+    settings = [
+        f"--set={each}"
+        for each in ["size=32", "width=32", "unit_s=6", "taste_every_s=15", "ema_decay=0.9", *options.set]
+    ]
     command = ["train", "dcgan", "--data", options.data, "--for", options.duration, "--name", "demo", *settings]
     console.print(f"[dim]$ potluck {' '.join(command)}[/]")
     environment = {key: value for key, value in cluster.admin_environment.items() if key != "NO_COLOR"}

@@ -206,9 +206,7 @@ class WorkerSettings:
     name: str = option("", str, "POTLUCK_NAME", "what people see; empty: this machine's name", "text")
     device: str = option("auto", str, "POTLUCK_DEVICE", "auto (the fastest that works), cpu, cuda:0, mps", "device")
     share: float = option(1.0, parse_share, "POTLUCK_SHARE", "how much of the machine training may use", "part")
-    threads: int = option(
-        0, parse_size, "POTLUCK_THREADS", "threads of the training child; 0: every core", "threads"
-    )
+    threads: int = option(0, parse_size, "POTLUCK_THREADS", "threads of the training child; 0: every core", "threads")
     cache_bytes: int = option(5 * 10**9, parse_size, "POTLUCK_CACHE", "shards and weights kept on disk", "bytes")
 
 

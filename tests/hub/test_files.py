@@ -52,10 +52,12 @@ def test_a_wrong_offset_is_told_the_right_one(hub: Hub) -> None:
     upload = hub.run(files.begin(hub.desk, blob))
     hub.run(files.append(hub.desk, upload.upload_id, 0, b"abc"))
 
-    for offset, piece in ((0, b"abc"), (4, b"ef")):
+    for offset, piece in ((0, b"ab"), (4, b"ef"), (1, b"bcd")):
         with pytest.raises(Conflict, match="offset 3"):
             hub.run(files.append(hub.desk, upload.upload_id, offset, piece))
 
+    again = hub.run(files.append(hub.desk, upload.upload_id, 0, b"abc"))  # its answer was lost
+    assert (again.offset, again.done) == (3, False)
     assert hub.run(files.append(hub.desk, upload.upload_id, 3, b"def")).done
 
 

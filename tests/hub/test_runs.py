@@ -291,7 +291,9 @@ def test_who_waits_for_a_version_is_woken_by_it(hub: Hub, house: Caller, ann: Ca
         ears = asyncio.ensure_future(upkeep.hear(hub.desk))
         ticket = hub.desk.news.ticket(f"version:{run}")
         waiting = asyncio.ensure_future(runs.versions(hub.desk, run, 0, 25))
-        while not hub.sql("SELECT FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%%'"):
+        while not hub.sql(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%%'"
+        ):
             await asyncio.sleep(0.02)
         await work.report(hub.desk, house, lease.id, report)
         await hub.desk.news.wait(ticket, 25)

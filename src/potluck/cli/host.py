@@ -44,9 +44,7 @@ def host_command(**flags: Any) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("potluck"):
             raise
-        raise PotluckError(
-            f"a hub needs the package {error.name}, which is not here: pip install '.[hub]'"
-        ) from error
+        raise PotluckError(f"a hub needs the package {error.name}, which is not here: pip install '.[hub]'") from error
     settings.remember_hub_dir(chosen.data_dir)
     code = serve(chosen)
     return code if isinstance(code, int) else 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def print_json(value: Any) -> None:
     import msgspec
 
-    click.echo(json.dumps(msgspec.to_builtins(value), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(msgspec.to_builtins(value, enc_hook=str), indent=2, ensure_ascii=False))
 
 
 def say(text: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from datetime import datetime
 from typing import Any
@@ -277,14 +278,17 @@ async def events(desk: Desk, *, after: int = 0, ref: str | None = None, limit: i
 
 async def versions(desk: Desk, ref: str, after: int, wait_s: float) -> list[Version]:
     """The way from version `after` to the newest; waits for a newer one. See `chain`."""
-    ticket_topic = "version:"
     async with desk.ledger.transaction() as tx:
         run_id = await find(tx, ref)
-    ticket = desk.news.ticket(ticket_topic + run_id)
-    found = await chain(desk, run_id, after)
-    if not found and wait_s > 0 and await desk.news.wait(ticket, min(wait_s, 30.0)):
+    clock = asyncio.get_running_loop().time
+    end = clock() + min(max(wait_s, 0.0), 30.0)
+    while True:
+        ticket = desk.news.ticket(f"version:{run_id}")
         found = await chain(desk, run_id, after)
-    return found
+        left = end - clock()
+        if found or left <= 0 or desk.news.closed:
+            return found
+        await desk.news.wait(ticket, left)  # news may be a false alarm: "something may have been missed"
 
 
 async def chain(desk: Desk, run_id: str, after: int) -> list[Version]:

@@ -106,22 +106,23 @@ async def _grant(desk: Desk, caller: Caller, request: LeaseRequest) -> Lease | N
             others = await tx.row("other_workers_live", worker_id=caller.subject)
             if others and others["live"]:
                 return None  # the house worker trains only while it is alone
-        for run in await tx.rows("leasable_runs", worker_id=caller.subject, strikes=STRIKES):
-            if run["id"] in request.except_runs or run["struck"]:
-                continue
-            if run["mine"] >= UNITS_AT_ONCE or run["mine"] + run["unmerged"] > UNMERGED_AT_MOST:
-                continue
-            settings = as_type(run["settings"], PoolSettings)
-            row = await tx.row(
-                "lease_unit",
-                run_id=run["id"],
-                want=unit_size(settings, request.samples_per_s.get(run["id"])),
-                lease_id=lease_id,
-                worker_id=caller.subject,
-                ttl=ttl,
-            )
-            if row is not None:
-                return _unit_lease(desk, str(lease_id), row, run, settings)
+        runs = await tx.rows("leasable_runs", worker_id=caller.subject, strikes=STRIKES)
+    for run in runs:
+        if run["id"] in request.except_runs or run["struck"]:
+            continue
+        if run["mine"] >= UNITS_AT_ONCE or run["mine"] + run["unmerged"] > UNMERGED_AT_MOST:
+            continue
+        settings = as_type(run["settings"], PoolSettings)
+        row = await desk.ledger.once(
+            "lease_unit",
+            run_id=run["id"],
+            want=unit_size(settings, request.samples_per_s.get(run["id"])),
+            lease_id=lease_id,
+            worker_id=caller.subject,
+            ttl=ttl,
+        )
+        if row is not None:
+            return _unit_lease(desk, str(lease_id), row, run, settings)
     return None
 
 
@@ -215,34 +216,34 @@ async def _take_unit(
             fate, reason = "rejected", str(error)
     update = report.update or Blob("", 0)
     done = joined(report.done) if report.outcome == "done" else []
-    async with desk.ledger.transaction(relaxed=True) as tx:
-        row = await tx.row(
-            "report_unit",
-            lease_id=lease_id,
-            worker_id=caller.subject,
-            done=to_multirange(done),
-            steps=_count(report.steps),
-            samples=span(done) if done else _count(report.samples),
-            blob_hash=update.hash,
-            size_bytes=update.size_bytes,
-            codec=report.codec[:16],
-            base_version=report.base_version,
-            losses=as_json(_finite(report.metrics)),
-            seconds=_amount(report.seconds),
-            bytes_up=_count(report.bytes_up),
-            bytes_down=_count(report.bytes_down),
-            fate=fate,
-            fate_reason=reason,
-        )
-        assert row is not None
-        verdict = row["verdict"]
-        # A statement of its own: what a report at the same moment wrote is only seen by a new snapshot.
-        earlier = await tx.row("earlier_report", task_id=row["task_id"]) if verdict == "done" else None
-        if verdict == "ok" and fate == "rejected":
-            text = f"unit {row['task_id']} of {caller.name} was rejected: {reason}"
-            await note(tx, "unit.rejected", str(row["task_id"]), text, run_id=row["run_id"], actor=caller.name)
+    row = await desk.ledger.once(
+        "report_unit",
+        lease_id=lease_id,
+        worker_id=caller.subject,
+        done=to_multirange(done),
+        steps=_count(report.steps),
+        samples=span(done) if done else _count(report.samples),
+        blob_hash=update.hash,
+        size_bytes=update.size_bytes,
+        codec=report.codec[:16],
+        base_version=report.base_version,
+        losses=as_json(_finite(report.metrics)),
+        seconds=_amount(report.seconds),
+        bytes_up=_count(report.bytes_up),
+        bytes_down=_count(report.bytes_down),
+        fate=fate,
+        fate_reason=reason,
+    )
+    assert row is not None
     # Only now wait for the disk: the rows that others want (a part of the positions went back) are free again.
     await desk.ledger.flush()
+    verdict = row["verdict"]
+    # A statement of its own: what a report at the same moment wrote is only seen by a new snapshot.
+    earlier = await desk.ledger.once("earlier_report", task_id=row["task_id"]) if verdict == "done" else None
+    if verdict == "ok" and fate == "rejected":
+        async with desk.ledger.transaction() as tx:
+            text = f"unit {row['task_id']} of {caller.name} was rejected: {reason}"
+            await note(tx, "unit.rejected", str(row["task_id"]), text, run_id=row["run_id"], actor=caller.name)
     match verdict:
         case "ok" if fate == "rejected":
             return ReportAnswer(False, f"rejected: {reason}")

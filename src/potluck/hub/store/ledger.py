@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -14,6 +14,7 @@ import msgspec
 import psycopg
 import psycopg.errors
 from psycopg import AsyncConnection
+from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
@@ -108,19 +109,29 @@ class Ledger:
     @contextlib.asynccontextmanager
     async def transaction(self, *, relaxed: bool = False) -> AsyncIterator[Transaction]:
         """One transaction; a lost connection or a full pool is `TryLater`, since the hub itself is well."""
-        try:
+        with _explained():
             async with self._pool.connection() as connection:
                 transaction = Transaction(connection)
                 if relaxed:
                     await transaction.relaxed()
                 yield transaction
-        except psycopg.DataError as error:
-            # A number out of range, a text with a NUL: whoever sent it can mend it, and nothing was written.
-            raise BadInput(f"a value does not fit into the ledger: {str(error).strip()}") from error
-        except psycopg.errors.UniqueViolation as error:
-            raise TryLater("somebody else did the same at the same moment: try again") from error
-        except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
-            raise TryLater(f"the ledger does not answer, try again in a moment: {str(error).strip()}") from error
+
+    async def once(self, statement: str, /, **values: Any) -> dict[str, Any] | None:
+        """The first row of a statement that is a transaction of its own: it is committed before we hear of it.
+
+        For the statements that lock what many want. In a `transaction`, their locks would be held until this process,
+        which may have a hundred other things to do, gets round to sending the COMMIT.
+        """
+        with _explained():
+            async with self._pool.connection() as connection:
+                await connection.set_autocommit(True)
+                try:
+                    return await Transaction(connection).row(statement, **values)
+                finally:
+                    if connection.info.transaction_status == TransactionStatus.IDLE:
+                        await connection.set_autocommit(False)
+                    else:
+                        await connection.close()  # given up half-way: the pool makes another
 
     async def flush(self) -> None:
         """Return when everything that was committed before is on the disk.
@@ -128,8 +139,7 @@ class Ledger:
         A durable transaction holds its row locks until the disk has answered. Where many want the same row, commit
         `relaxed`, flush, and only then tell the caller: the same promise, and nobody else waits for the disk.
         """
-        async with self.transaction() as tx:
-            await tx.rows("flush")
+        await self.once("flush")
 
     async def listen(self, heard: Callable[[str], None]) -> None:
         """Call `heard` with every piece of news, for ever; reconnects, and then says "" (something may be missed)."""
@@ -143,6 +153,20 @@ class Ledger:
             except psycopg.Error as error:
                 log.warning("ledger.listen_lost", reason=str(error).strip())
             await asyncio.sleep(1)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """What PostgreSQL says, as errors that say what to do."""
+    try:
+        yield
+    except psycopg.DataError as error:
+        # A number out of range, a text with a NUL: whoever sent it can mend it, and nothing was written.
+        raise BadInput(f"a value does not fit into the ledger: {str(error).strip()}") from error
+    except psycopg.errors.UniqueViolation as error:
+        raise TryLater("somebody else did the same at the same moment: try again") from error
+    except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
+        raise TryLater(f"the ledger does not answer, try again in a moment: {str(error).strip()}") from error
 
 
 async def migrate(connection: AsyncConnection[DictRow]) -> list[str]:

@@ -1,8 +1,11 @@
 -- name: lease_unit
 -- Carve the first `want` positions of a run and lease them, in one statement. The row lock on `supplies` is the only
--- place where workers of one run meet; the caller turns synchronous_commit off, so it is held for less than a millisecond
--- (a lease that a crash forgets is carved again: nothing is lost).
-WITH supply AS (
+-- place where workers of one run meet. So this is a transaction of its own (Ledger.once) that does not wait for the disk:
+-- the row is held for less than a millisecond, not until the caller gets round to COMMIT. A lease that a crash forgets is
+-- carved again: nothing is lost.
+WITH relaxed AS MATERIALIZED (
+    SELECT set_config('synchronous_commit', 'off', true)
+), supply AS (
     SELECT remaining FROM supplies WHERE run_id = %(run_id)s FOR UPDATE
 ), ranges AS (
     SELECT r, COALESCE(SUM(upper(r) - lower(r)) OVER (
@@ -24,7 +27,7 @@ WITH supply AS (
     INSERT INTO leases (id, task_id, run_id, worker_id, kind, deadline)
     SELECT %(lease_id)s, id, %(run_id)s, %(worker_id)s, 'unit', now() + %(ttl)s FROM task
 )
-SELECT id AS task_id, positions FROM task;
+SELECT id AS task_id, positions FROM task, relaxed;
 
 -- name: lease_task
 -- The oldest waiting task of the kinds that this worker may do.
@@ -47,11 +50,14 @@ SELECT id AS task_id, run_id, kind, spec, attempts FROM task;
 SELECT pg_logical_emit_message(true, 'potluck', '');
 
 -- name: report_unit
--- The caller turns synchronous_commit off and flushes after it (see Ledger.flush): `supplies` is locked for a moment only.
+-- A transaction of its own, which does not wait for the disk: `supplies` is locked for a moment only. The caller flushes
+-- before it answers (Ledger.flush).
 -- Hand in a unit: fenced by the lease id and completed by primary keys only. Conditions on `ended_at` and `state` are
 -- looked at after the rows are locked, never in a WHERE that could tempt the planner to a partial index with stale
 -- statistics (that cost a factor of 40: docs/decisions/0003).
-WITH held AS (
+WITH relaxed AS MATERIALIZED (
+    SELECT set_config('synchronous_commit', 'off', true)
+), held AS (
     SELECT leases.*, runs.state AS run_state
     FROM leases JOIN runs ON runs.id = leases.run_id
     WHERE leases.id = %(lease_id)s FOR UPDATE OF leases
@@ -90,7 +96,7 @@ WITH held AS (
     FROM fit WHERE supplies.run_id = fit.run_id AND fit.verdict IN ('ok', 'run_over')
         AND (fit.verdict = 'run_over' OR %(fate)s = 'rejected' OR fit.positions <> %(done)s::int8multirange)
 )
-SELECT verdict, task_id, run_id, reason FROM fit;
+SELECT verdict, task_id, run_id, reason FROM fit, relaxed;
 
 -- name: earlier_report
 SELECT blob_hash, fate_reason, fate = 'rejected' AND merge_task IS NULL AS refused FROM updates
