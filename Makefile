@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench docs clean
+.PHONY: help setup demo test test-all check format bench docs openapi clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: setup  ## every benchmark, one table each
 
 docs: setup  ## check that the docs name only commands and settings that exist
 	@$(BIN)/python -m pytest tests/test_ratchets.py -k docs
+
+openapi: setup  ## write docs/openapi.json anew, after a change of the API
+	@$(BIN)/python tests/hub/test_openapi.py
 
 clean:  ## remove .venv and what tools leave behind
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .import-linter.log

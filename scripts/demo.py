@@ -20,6 +20,7 @@ from potluck.settings import DEFAULT_PORT
 from potluck.testing import LocalCluster
 
 SHARES = {"gaming-pc": 1.0, "laptop": 0.5, "old-laptop": 0.25}
+SETTINGS = ("size=32", "width=32", "unit_s=6", "taste_every_s=15", "ema_decay=0.9")  # the faces that come soonest
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
