@@ -39,7 +39,7 @@ async def run_once(desk: Desk) -> float:
 
 
 async def run_forever(desk: Desk) -> None:
-    while True:
+    while not desk.news.closed:
         ticket = desk.news.ticket("rounds")
         try:
             wake = await run_once(desk)

@@ -51,7 +51,8 @@ class News:
         future = asyncio.get_running_loop().create_future()
         self._waiting[topic].add(future)
         try:
-            await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for would swallow a cancel that comes with the news
+                await future
         except TimeoutError:
             return False
         finally:
