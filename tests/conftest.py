@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from ledger_fixture import both_dsn, debian_dsn, embedded_dsn, fresh_database, f
 from potluck.hub.commands.desk import Caller
 
 __all__ = ["both_dsn", "debian_dsn", "embedded_dsn", "fresh_dsn"]
+
+# A shell that starts us in the background makes everybody below us deaf to Ctrl-C; some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "potluck",

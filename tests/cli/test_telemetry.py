@@ -64,7 +64,7 @@ def test_machines_read_the_event_and_its_fields_also_of_libraries() -> None:
     telemetry.setup("json", stream=stream)
 
     telemetry.logger("agent", worker="ada").info("unit.done", say="Done.", unit=41)
-    logging.getLogger("uvicorn.error").info("started \x1b[2J%s", 7)
+    logging.getLogger("somebody.else").info("started \x1b[2J%s", 7)
 
     ours, theirs = (json.loads(line) for line in stream.getvalue().splitlines())
     assert ours | {"timestamp": ""} == {
@@ -76,7 +76,7 @@ def test_machines_read_the_event_and_its_fields_also_of_libraries() -> None:
         "logger": "potluck.agent",
         "timestamp": "",
     }
-    assert (theirs["event"], theirs["logger"]) == ("started 7", "uvicorn.error")
+    assert (theirs["event"], theirs["logger"]) == ("started 7", "somebody.else")
 
 
 def test_a_strangers_text_cannot_forge_a_line_of_the_log() -> None:
