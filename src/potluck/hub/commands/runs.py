@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from datetime import datetime
-from typing import Any
-
-import msgspec
 
 from potluck.domain.names import clean_name
 from potluck.domain.pool import PoolSettings
@@ -348,11 +345,3 @@ async def _why_run(tx: Transaction, run_id: str) -> Why:
     last = f"; version {view.version}: {newest[-1]['reason']}" if newest else ""
     waiting = len(round_["pending"])
     return Why(run_id, f"{run_id} is {view.state}: {round_['active']} workers train, {waiting} updates wait{last}")
-
-
-def check_json(value: Json, kind: Any) -> Any:
-    """`value` as a record, or BadInput that says where it does not fit."""
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise BadInput(str(error)) from None
