@@ -19,32 +19,46 @@ from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import httpx2 as httpx
+import msgspec
 import numpy as np
 import uvicorn
 from safetensors.numpy import save
 
 from potluck import settings
 from potluck.blobs import BlobStore, hash_bytes
+from potluck.domain.job import JobSpec, Resources
 from potluck.hub import upkeep
 from potluck.hub.app import Server, make_app
-from potluck.hub.commands import files, people, runs, work
+from potluck.hub.commands import attempts, files, jobs, keeping, orders, people, placing, runs, work
 from potluck.hub.commands.desk import Caller, Desk
 from potluck.hub.store import Ledger
 from potluck.protocol import (
     Blob,
     Dataset,
+    GpuNow,
     HeartbeatRequest,
     InviteRequest,
+    JobLease,
+    JobProgress,
+    JobReport,
+    JobRequest,
+    JobView,
     JoinRequest,
     Layout,
     Lease,
     LeaseRequest,
+    MachineNow,
+    OrdersRequest,
+    Point,
     Progress,
     RecipeRef,
     Report,
+    Rules,
     RunRequest,
     RunView,
     Shard,
+    Tree,
+    TreeFile,
     Verdict,
 )
 
@@ -94,6 +108,90 @@ class Room:
         answer = client.post(f"/j/{self.invite('viewer')}/enter")
         assert answer.status_code == 303, answer.text
         return client
+
+    def browser(self, role: str = "member", name: str = "Ada") -> httpx.Client:
+        """A browser that a person of this role signed in with; every request of it says where it comes from."""
+        client = httpx.Client(base_url=self.url, timeout=20, headers={"Origin": self.url})
+        token = self.admin() if role == "admin" else self.token(role, name)
+        answer = client.post("/sign-in", data={"credential": token})
+        assert answer.status_code == 303, answer.text
+        client.headers["x-test-token"] = token  # for the tests that want to know it
+        return client
+
+    def admin(self) -> str:
+        """The credential of an admin."""
+        token = settings.make_token("admin")
+        self.do(people.put_admin(self.desk, token))
+        return token
+
+    # jobs
+
+    def who(self, browser: httpx.Client) -> Caller:
+        return self.do(people.authenticate(self.desk, browser.headers["x-test-token"]))
+
+    def ready(
+        self,
+        caller: Caller,
+        *,
+        now: MachineNow | None = None,
+        rules: Rules | None = None,
+        labels: dict[str, str] | None = None,
+        holding: tuple[str, ...] = (),
+    ) -> list[JobLease]:
+        """The machine asks what to do about jobs; what it is given."""
+        request = OrdersRequest(
+            agent=f"agent of {caller.name}",
+            holding=list(holding),
+            now=now or MachineNow(8, 16_000_000_000, 12_000_000_000, 200_000_000_000, os="linux", arch="x86_64"),
+            rules=rules or Rules(),
+            executors=["podman", "bubblewrap", "process"],
+            labels=labels or {},
+        )
+        return self.do(orders.orders(self.desk, caller, request, 0)).leases
+
+    def job(
+        self,
+        caller: Caller,
+        command: str = "python train.py",
+        *,
+        project: dict[str, bytes] | None = None,
+        **spec: Any,
+    ) -> JobView:
+        resources = Resources(**spec.pop("resources", {}))
+        request = JobRequest(
+            JobSpec(["/bin/sh", "-c", command], resources=resources, **spec),
+            self.tree(project or {"train.py": b"print('hello')"}),
+        )
+        return self.do(jobs.submit(self.desk, caller, request))
+
+    def tree(self, content: dict[str, bytes]) -> Blob:
+        listed = [TreeFile(path, self.upload(body)) for path, body in sorted(content.items())]
+        return self.upload(msgspec.json.encode(Tree(listed)))
+
+    def place(self) -> None:
+        self.do(placing.run_pass(self.desk))
+
+    def start(self, caller: Caller, **machine: Any) -> JobLease:
+        """Place what waits; this machine takes one job and runs it."""
+        self.place()
+        lease = next(iter(self.ready(caller, **machine)))
+        environment = {"python": "3.12.4", "packages": ["numpy==2.1.0", "torch==2.6.0"]}
+        for state in ("preparing", "running"):
+            said = JobProgress(state, executor="bubblewrap", environment=environment)
+            self.do(attempts.progress(self.desk, caller, lease.id, said))
+        return lease
+
+    def prints(self, caller: Caller, lease: JobLease, text: str | bytes, offset: int = 0) -> int:
+        piece = text.encode() if isinstance(text, str) else text
+        return self.do(keeping.add_log(self.desk, caller, lease.id, offset, piece))["offset"]
+
+    def logs(self, caller: Caller, lease: JobLease, *points: Point) -> None:
+        self.do(keeping.add_points(self.desk, caller, lease.id, list(points)))
+
+    def finish(self, caller: Caller, lease: JobLease, exit_code: int = 0, **report: Any) -> None:
+        said = JobReport("exited", exit_code=exit_code, **report)
+        answer = self.do(attempts.end(self.desk, caller, lease.id, said))
+        assert answer.accepted, answer.reason
 
     # bytes and runs
 
@@ -204,6 +302,10 @@ class Room:
             assert monotonic() < end, "it did not happen"
             sleep(0.02)
         return found
+
+
+def gpu(index: int = 0, name: str = "NVIDIA GeForce RTX 3090", gigabytes: float = 24, free: float = 24) -> GpuNow:
+    return GpuNow(index, name, int(gigabytes * 1e9), int(free * 1e9))
 
 
 def picture(seed: int = 0, pixels: np.ndarray | None = None) -> bytes:

@@ -3,6 +3,9 @@
     hub.run(work.lease(hub.desk, worker, request, 0))    any use case
     hub.sql("SELECT ...")                                what the ledger really holds
     run_id = hub.start_run(samples=1000)                 with version 0 built
+    job = hub.submit_job(ann, cpu="2")                   a job in the line
+    hub.place()                                          one placement pass
+    hub.orders(worker).leases                            what the worker is told, at once
 
 Workers are real `Caller`s who joined by a real link. Weights have four values, so that every file is tiny.
 """
@@ -18,29 +21,41 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import psycopg
 from psycopg.rows import dict_row
 
 from potluck.blobs import BlobStore, hash_bytes
+from potluck.domain.job import JobSpec, Resources
 from potluck.hub import upkeep
-from potluck.hub.commands import files, people, rounds, runs, work
+from potluck.hub.commands import attempts, files, jobs, orders, people, placing, rounds, runs, work
 from potluck.hub.commands.desk import Caller, Desk
 from potluck.hub.store import Ledger
 from potluck.protocol import (
     Blob,
     Dataset,
+    GpuNow,
     InviteRequest,
+    JobReport,
+    JobRequest,
+    JobView,
     JoinRequest,
     Layout,
     Lease,
     LeaseRequest,
+    MachineNow,
+    OrdersAnswer,
+    OrdersRequest,
     Positions,
     RecipeRef,
     Report,
     ReportAnswer,
+    Rules,
     RunRequest,
     RunView,
     Shard,
+    Tree,
+    TreeFile,
     Verdict,
 )
 
@@ -76,6 +91,13 @@ def snapshot_file() -> bytes:
 
 def size(positions: Positions) -> int:
     return sum(hi - lo for lo, hi in positions)
+
+
+def machine(*, cpu: int = 4, memory_gb: float = 16, gpus_gb: tuple[float, ...] = ()) -> MachineNow:
+    """An idle Linux machine."""
+    memory = int(memory_gb * 10**9)
+    cards = [GpuNow(n, "NVIDIA RTX 4090", int(gb * 10**9), int(gb * 10**9)) for n, gb in enumerate(gpus_gb)]
+    return MachineNow(cpu, memory, memory, 10**12, 0.0, cards, "linux", "x86_64")
 
 
 class Hub:
@@ -226,6 +248,59 @@ class Hub:
             verdicts=verdicts,
         )
 
+    # --- jobs
+
+    def member(self, name: str = "mia") -> Caller:
+        return self.join(name, role="member")
+
+    def project(self, **files_: bytes) -> Blob:
+        """A folder as the hub knows it: a blob that lists the files."""
+        content = files_ or {"train": b"print('hello')\n"}
+        tree = Tree([TreeFile(f"{name}.py", self.put(each)) for name, each in sorted(content.items())])
+        return self.put(json.dumps(msgspec.to_builtins(tree)).encode())
+
+    def job_request(self, *, cpu: str = "1", memory: str = "", gpu: str = "0", **changes: Any) -> JobRequest:
+        resources = changes.pop("resources", Resources(gpu=gpu, cpu=cpu, memory=memory))
+        spec = JobSpec(changes.pop("command", ["python", "train.py"]), resources=resources, **changes)
+        return JobRequest(spec, self.project())
+
+    def submit_job(self, who: Caller, *, key: str | None = None, **changes: Any) -> str:
+        """A job in the line; its id."""
+        return self.run(jobs.submit(self.desk, who, self.job_request(**changes), key=key)).id
+
+    def place(self) -> int:
+        """One placement pass; how many jobs got a place."""
+        return self.run(placing.run_pass(self.desk)).placed
+
+    def orders(
+        self, worker: Caller, *holding: str, agent: str = "agent-1", wait_s: float = 0.0, **changes: Any
+    ) -> OrdersAnswer:
+        """What the worker is told. By default it is a machine with four idle cores that takes anybody's plain process."""
+        return self.run(self.ask_orders(worker, *holding, agent=agent, wait_s=wait_s, **changes))
+
+    async def ask_orders(
+        self, worker: Caller, *holding: str, agent: str = "agent-1", wait_s: float = 0.0, **changes: Any
+    ) -> OrdersAnswer:
+        gone = changes.pop("gone", None)
+        facts = {"now": machine(), "rules": Rules(runtime="any", max_tasks=8), "executors": ["process"], **changes}
+        request = OrdersRequest(agent, list(holding), **facts)
+        return await orders.orders(self.desk, worker, request, wait_s, gone=gone)
+
+    def end_job(self, worker: Caller, lease_id: str, code: int = 0, **changes: Any) -> ReportAnswer:
+        report = JobReport(**{"outcome": "exited", "exit_code": code, **changes})
+        return self.run(attempts.end(self.desk, worker, lease_id, report))
+
+    def job(self, who: Caller, ref: str) -> JobView:
+        return self.run(jobs.show(self.desk, who, ref))
+
+    def hang_up(self, worker: Caller, seconds: float = 11) -> None:
+        """The worker's connection ended that long ago, and it did not come back."""
+        self.sql(
+            "UPDATE workers SET hung_up_at = now() - make_interval(secs => %(s)s) WHERE id = %(w)s",
+            s=seconds,
+            w=worker.subject,
+        )
+
     def let_lapse(self, lease_id: str | None = None) -> None:
         """Put deadlines (all, or one lease's) into the past: the workers are silent."""
         self.sql(
@@ -305,4 +380,47 @@ def check_accounts(hub: Hub, run_id: str) -> None:
         " SELECT COALESCE(SUM(samples), 0) FROM updates WHERE updates.run_id = versions.run_id"
         " AND fate IN ('applied', 'late') AND fate_version <= versions.number)",
         r=run_id,
+    )
+
+
+def check_jobs(hub: Hub) -> None:
+    """What must hold of all jobs, whatever happened: one place at most, and none that is nowhere."""
+    # a lease that is live and an attempt that has not ended are the same thing; a job has at most one of them
+    assert not hub.sql(
+        "SELECT attempts.run_id FROM attempts JOIN leases ON leases.id = attempts.lease_id"
+        " WHERE (attempts.ended_at IS NULL) <> (leases.ended_at IS NULL)"
+    )
+    assert not hub.sql("SELECT run_id FROM attempts WHERE ended_at IS NULL GROUP BY run_id HAVING count(*) > 1")
+    assert not hub.sql(
+        "SELECT run_id FROM attempts WHERE (ended_at IS NULL) <> (state IN ('placed', 'preparing', 'running'))"
+    )
+    # a job has a live attempt exactly while it is placed, preparing or running, or was stopped and is being ended
+    assert not hub.sql(
+        "SELECT runs.id, runs.state, jobs.finished FROM runs JOIN jobs ON jobs.run_id = runs.id"
+        " LEFT JOIN attempts ON attempts.run_id = runs.id AND attempts.ended_at IS NULL"
+        " WHERE (attempts.run_id IS NOT NULL) <> (runs.state IN ('placed', 'preparing', 'running')"
+        "     OR (runs.state = 'cancelled' AND NOT jobs.finished))"
+        "   OR (runs.state = 'queued' AND jobs.finished)"
+        "   OR (runs.state IN ('succeeded', 'failed', 'lost') AND NOT jobs.finished)"
+        "   OR (jobs.cancelled_by IS NOT NULL) <> (runs.state = 'cancelled')"
+        "   OR (runs.ended_at IS NULL) <> (runs.state IN ('queued', 'placed', 'preparing', 'running'))"
+    )
+    # its task says the same
+    assert not hub.sql(
+        "SELECT runs.id, runs.state, tasks.state FROM runs JOIN jobs ON jobs.run_id = runs.id"
+        " JOIN tasks ON tasks.id = jobs.task_id"
+        " LEFT JOIN attempts ON attempts.run_id = runs.id AND attempts.ended_at IS NULL"
+        " WHERE (tasks.state = 'queued') <> (runs.state = 'queued')"
+        "   OR (tasks.state = 'leased') <> (attempts.run_id IS NOT NULL)"
+    )
+    # attempts are numbered without gaps, and only the last may be live
+    assert not hub.sql(
+        "SELECT jobs.run_id FROM jobs LEFT JOIN attempts ON attempts.run_id = jobs.run_id GROUP BY jobs.run_id"
+        " HAVING count(attempts.number) <> jobs.attempts OR max(attempts.number) <> jobs.attempts"
+    )
+    # nobody promised more of a machine than it has
+    assert not hub.sql(
+        "SELECT worker_id FROM attempts JOIN workers ON workers.id = worker_id WHERE ended_at IS NULL"
+        " GROUP BY worker_id, machine, rules HAVING sum((granted ->> 'cpu')::float8) > (machine ->> 'cpu_cores')::float8"
+        "   OR count(*) > (rules ->> 'max_tasks')::integer"
     )

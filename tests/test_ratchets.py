@@ -16,6 +16,7 @@ import pytest
 
 from potluck import settings
 from potluck.cli import COMMANDS, app
+from potluck.domain.job import json_schema
 from potluck.domain.pool import PoolSettings
 
 ROOT = Path(__file__).parent.parent
@@ -41,21 +42,43 @@ OPTIONS = {
     "invite": ["--role", "--uses", "--ttl", "--name", "--trusted", "--json", *HUB],
     "invites": ["--all", "--json", *HUB],
     "invites revoke": ["ID"],
-    "join": ["LINK", "--name", "--device", "--share", "--once", "--for", "--threads", "--no-screen", "--home"],
+    "join": [
+        *["LINK", "--name", "--device", "--share", "--once", "--for", "--threads", "--no-screen", "--home"],
+        *["--accept", "--from", "--runtime", "--max-tasks", "--label", "--executor", "--yes"],
+    ],
     "train": [
         *["RECIPE", "--data", "--samples", "--epochs", "--for", "--set", "--file", "--name", "--seed", "--local"],
         *["--resume", "--out", "--device", "--share", "--wait", "--detach", "--timeout", "--json", *HUB],
     ],
+    "init": ["[DIR]"],
+    "run": [
+        *["[-- COMMAND...]", "--file", "--folder", "--gpu", "--cpu", "--memory", "--disk", "--image", "--requirements"],
+        *["--python", "--name", "--priority", "--retries", "--retry-on", "--timeout", "--grace", "--env", "--secret"],
+        *["--on", "--procs", "--wait", "--wait-at-most", "--local", "--to", "--dry-run", "--json", *HUB],
+    ],
     "ps": ["--json", *HUB],
     "show": ["RUN", "--follow", "--timeout", "--json", *HUB],
     "why": ["ID", "--json", *HUB],
+    "logs": ["JOB", "--follow", "--tail", "--offset", "--attempt", "--since-start", "--timeout", *HUB],
+    "top": ["--once", "--timeout", *HUB],
     "set": ["RUN", "KEY=VALUE...", "--json", *HUB],
     "pause": ["RUN", "--json", *HUB],
     "resume": ["RUN", "--json", *HUB],
     "stop": ["RUN", "--wait", "--timeout", "--json", *HUB],
+    "retry": ["JOB", "--json", *HUB],
+    "pull": ["JOB", "[PATH]", "--to", "--what", "--attempt", "--force", "--json", *HUB],
+    "queue": ["--json", *HUB],
+    "queue move": ["JOB", "--before", "--first", "--json"],
+    "secret": [],
+    "secret set": ["NAME", "--file", *HUB],
+    "secret list": ["--json", *HUB],
+    "secret rm": ["NAME", *HUB],
     "events": ["--after", "--last", "--json", *HUB],
     "workers": ["--json", *HUB],
     "workers revoke": ["ID"],
+    "workers drain": ["ID", "--reason"],
+    "workers undrain": ["ID"],
+    "workers label": ["ID", "[K=V...]", "--clear"],
     "export": ["RUN", "DIR", "--json", *HUB],
     "generate": ["RUN|DIR", "--count", "--seed", "--out", *HUB],
     "doctor": ["--hub", "--token-file", "--json"],
@@ -96,7 +119,9 @@ def test_every_option_has_a_help() -> None:
 def test_every_list_takes_json_and_every_wait_a_timeout() -> None:
     names = {name: {opt for p in command.params for opt in p.opts} for name, command in commands()}
 
-    assert all("--json" in names[name] for name in ("ps", "workers", "invites", "events", "show", "why", "doctor"))
+    assert all(
+        "--json" in names[name] for name in ("ps", "workers", "invites", "events", "show", "why", "doctor", "queue")
+    )
     assert all("--timeout" in opts for opts in names.values() if opts & {"--wait", "--follow"})
 
 
@@ -124,6 +149,10 @@ def test_docs_catalogue_every_setting_and_no_other() -> None:
 
 
 BETWEEN_AGENT_AND_CHILD = {"POTLUCK_EVENTS_FD", "POTLUCK_CHILD_CACHE"}
+SEEN_BY_JOBS = {
+    *["POTLUCK_RUN_ID", "POTLUCK_ATTEMPT", "POTLUCK_DEADLINE", "POTLUCK_OUTPUT_DIR", "POTLUCK_CHECKPOINT_DIR"],
+    *["POTLUCK_RESUME_FROM", "POTLUCK_METRICS_DIR"],
+}
 
 
 def test_the_code_reads_only_catalogued_variables() -> None:
@@ -137,7 +166,22 @@ def test_the_code_reads_only_catalogued_variables() -> None:
     }
 
     twins = {f"{name}_FILE" for name in environment_variables()}
-    assert read - environment_variables() - twins == BETWEEN_AGENT_AND_CHILD
+    assert read - environment_variables() - twins == BETWEEN_AGENT_AND_CHILD | SEEN_BY_JOBS
+
+
+def test_docs_list_the_variables_that_a_job_sees() -> None:
+    text = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
+
+    assert set(re.findall(r"^\| `(POTLUCK_[A-Z_]+)` \|", text, re.MULTILINE)) == SEEN_BY_JOBS
+
+
+def test_docs_explain_every_key_of_a_job_file() -> None:
+    properties = json_schema()["properties"]
+    text = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
+    table = " ".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+
+    assert [key for key in properties if key != "resources" and f"`{key}`" not in table] == []
+    assert [key for key in properties["resources"]["properties"] if f".{key}`" not in table] == []
 
 
 def test_docs_name_every_setting_of_the_pool_with_its_default() -> None:

@@ -22,57 +22,24 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from potluck.domain.quantity import parse_duration as parse_duration
+from potluck.domain.quantity import parse_number
+from potluck.domain.quantity import parse_size as parse_size
 from potluck.errors import BadInput, NotFound, NotKnown
 
 DEFAULT_PORT = 8470
 S = TypeVar("S")
 
 
-def parse_duration(text: str | float) -> float:
-    """Seconds in `90s`, `10m`, `1h30m`, `2.5h`, `1d`; a bare number is seconds."""
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-    return _sum_of_parts(text, units, "a duration", "like 90s, 10m, 2h or 1d")
-
-
-def parse_size(text: str | float) -> int:
-    """Bytes in `500MB`, `2G`, `1.5GiB`; a bare number is bytes. An i makes it powers of 1,024."""
-    units = {"": 1.0, "b": 1.0}
-    for power, letter in enumerate("kmgt", start=1):
-        units |= {letter: 1e3**power, f"{letter}b": 1e3**power, f"{letter}i": 1024.0**power}
-        units[f"{letter}ib"] = 1024.0**power
-    return int(_sum_of_parts(text, units, "a size", "like 500MB, 2GB or 1.5GiB"))
-
-
 def parse_share(text: str | float) -> float:
     """The part of a machine in `50%`, `50` or `0.5`, above 0 and at most 1."""
     word = str(text).strip()
-    number = _number(word.removesuffix("%"))
+    number = parse_number(word.removesuffix("%"))
     if number is not None and (word.endswith("%") or number > 1):
         number /= 100
     if number is None or not 0 < number <= 1:
         raise BadInput(f"`{word}` is not a share: write a percentage from 1% to 100%, like 50%")
     return number
-
-
-def _sum_of_parts(text: str | float, units: Mapping[str, float], what: str, example: str) -> float:
-    import re
-
-    word = str(text).strip().lower().replace(" ", "")
-    bare = _number(word)
-    if bare is not None:
-        return bare
-    parts = re.findall(r"(\d+(?:\.\d+)?)([a-z]+)", word)
-    if not parts or "".join(n + unit for n, unit in parts) != word or any(u not in units for _, u in parts):
-        raise BadInput(f"`{text}` is not {what}: write it {example}")
-    return sum(float(number) * units[unit] for number, unit in parts)
-
-
-def _number(word: str) -> float | None:
-    try:
-        value = float(word)
-    except ValueError:
-        return None
-    return value if 0 <= value < float("inf") else None
 
 
 # --- folders ------------------------------------------------------------------------------------------------
@@ -150,12 +117,48 @@ def _flag(text: str) -> bool:
     return known[text.strip().lower()]
 
 
+def one_of(*words: str) -> Callable[[str], str]:
+    """A reader for a setting that is one of these words."""
+
+    def read(text: str) -> str:
+        word = text.strip().lower()
+        if word not in words:
+            raise BadInput(f"`{text}` is none of {', '.join(words)}")
+        return word
+
+    return read
+
+
+def parse_labels(text: str) -> dict[str, str]:
+    """The labels in `room=lab-2,fast=yes`. Keys and values: letters, digits and . _ - /, at most 63."""
+    import re
+
+    labels = {}
+    for pair in filter(None, text.split(",")):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not (equals and re.fullmatch(r"[\w./-]{1,63}", key) and re.fullmatch(r"[\w./-]{0,63}", value)):
+            raise BadInput(f"`{pair.strip()}` is not a label: write it KEY=VALUE, like room=lab-2")
+        labels[key] = value
+    return labels
+
+
+def _labels(text: str) -> str:
+    return text if parse_labels(text) else ""
+
+
+def _count(text: str) -> int:
+    number = parse_number(text)
+    if number is None or number != int(number) or not 1 <= number <= 1000:
+        raise BadInput(f"`{text}` is not a number of jobs: write one from 1 to 1000")
+    return int(number)
+
+
 def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
 def _port(text: str) -> int:
-    number = _number(text)
+    number = parse_number(text)
     if number is None or number != int(number) or number > 65535:
         raise BadInput(f"`{text}` is not a port: write a number from 0 (any free one) to 65535")
     return int(number)
@@ -207,7 +210,41 @@ class WorkerSettings:
     device: str = option("auto", str, "POTLUCK_DEVICE", "auto (the fastest that works), cpu, cuda:0, mps", "device")
     share: float = option(1.0, parse_share, "POTLUCK_SHARE", "how much of the machine training may use", "part")
     threads: int = option(0, parse_size, "POTLUCK_THREADS", "threads of the training child; 0: every core", "threads")
-    cache_bytes: int = option(5 * 10**9, parse_size, "POTLUCK_CACHE", "shards and weights kept on disk", "bytes")
+    cache_bytes: int = option(
+        5 * 10**9,
+        parse_size,
+        "POTLUCK_CACHE",
+        "files of runs and jobs kept on disk; as much again for each person's environments",
+        "bytes",
+    )
+    accept: str = option(
+        "all", one_of("pool", "jobs", "all"), "POTLUCK_ACCEPT", "what the machine works for: pool, jobs or all", "word"
+    )
+    whose: str = option(
+        "hub",
+        one_of("me", "hub"),
+        "POTLUCK_FROM",
+        "whose jobs run here: only my own (me), or everybody's (hub)",
+        "word",
+    )
+    runtime: str = option(
+        "container",
+        one_of("container", "any"),
+        "POTLUCK_RUNTIME",
+        "how other people's jobs run here: container (bubblewrap counts), or any (a plain process, too)",
+        "word",
+    )
+    max_tasks: int = option(1, _count, "POTLUCK_MAX_TASKS", "jobs at once", "jobs")
+    labels: str = option(
+        "", _labels, "POTLUCK_LABELS", "what jobs can ask for with --on: room=lab-2,fast=yes", "KEY=VALUE"
+    )
+    executor: str = option(
+        "",
+        one_of("", "podman", "docker", "apptainer", "bubblewrap", "process"),
+        "POTLUCK_EXECUTOR",
+        "run every job in this one; empty: the best that works here",
+        "name",
+    )
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from typing import Self
 
 import psutil
 
-from potluck.client import Hub
+from potluck.client import Hub, project
+from potluck.domain.job import ENDED, JobSpec
 from potluck.errors import PotluckError, TimedOut
-from potluck.protocol import Fates, InviteRequest, RunView
+from potluck.protocol import Fates, InviteRequest, JobRequest, JobView, RunView
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,13 @@ class LocalCluster:
         database: str = "",
         house_worker: bool = True,
         port: int = 0,
+        bind: str = "127.0.0.1",
         environment: dict[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.data_dir = folder / "hub"
         self.processes: dict[str, _Process] = {}
-        self._host = ["host", "--data-dir", str(self.data_dir), "--bind", "127.0.0.1"]
+        self._host = ["host", "--data-dir", str(self.data_dir), "--bind", bind]
         self._host += ["--database", database] if database else []
         self._host += [] if house_worker else ["--no-house-worker"]
         self.port = port
@@ -174,14 +176,21 @@ class LocalCluster:
 
     # --- workers ------------------------------------------------------------------------------------------------
 
-    def add_worker(self, name: str, *, share: float = 1.0, arguments: tuple[str, ...] = ()) -> None:
-        """Join a worker by a fresh link, as a person would."""
+    def add_worker(
+        self, name: str, *, share: float = 1.0, arguments: tuple[str, ...] = (), inside: tuple[str, ...] = ()
+    ) -> None:
+        """Join a worker by a fresh link, as a person would. `inside`: the command that runs it (`ip netns exec …`)."""
         link = self.hub.invite(InviteRequest("worker", uses=1)).url
         home = self.folder / "workers" / name
         self.spawn(
             name,
             ["join", link, "--name", name, "--home", str(home), "--share", f"{share:.0%}", "--no-screen", *arguments],
+            inside=inside,
         )
+
+    def come_back(self, name: str, *arguments: str) -> None:
+        """Start a worker that was here before again, in its old folder."""
+        self.spawn(name, ["join", "--home", str(self.folder / "workers" / name), "--no-screen", *arguments])
 
     def interrupt(self, name: str) -> None:
         """Ctrl-C."""
@@ -260,6 +269,38 @@ class LocalCluster:
     def fates(self, run: str) -> Fates:
         return self.hub.run(run).fates
 
+    # --- jobs ---------------------------------------------------------------------------------------------------
+
+    def submit(self, spec: JobSpec, files: dict[str, str] | None = None) -> str:
+        """Submit a job with these files (path: text) as its project; its id."""
+        folder = self.folder / "projects" / f"{len(list(self.folder.glob('projects/*')))}"
+        folder.mkdir(parents=True)
+        for path, text in (files or {}).items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+        tree = self.hub.upload_tree(folder, project.pack(folder))
+        return self.hub.submit(JobRequest(spec, tree)).id
+
+    def job(self, ref: str) -> JobView:
+        return self.hub.job(ref)
+
+    def job_ends(self, ref: str, *, timeout_s: float = 120) -> JobView:
+        """The job, once it has ended."""
+        self.until(lambda: self.job(ref).state in ENDED, timeout_s=timeout_s, what=f"the end of {ref}")
+        return self.job(ref)
+
+    def job_is(self, ref: str, state: str, *, timeout_s: float = 60) -> JobView:
+        """The job, once it is in `state`."""
+        self.until(lambda: self.job(ref).state == state, timeout_s=timeout_s, what=f"{ref} to be {state}")
+        return self.job(ref)
+
+    def output(self, ref: str, *, attempt: int = 0) -> str:
+        """Everything that an attempt has written so far (0: the newest)."""
+        text, offset = "", 0
+        while (piece := self.hub.log(ref, attempt=attempt, offset=offset)).next_offset > offset:
+            text, offset = text + piece.text, piece.next_offset
+        return text
+
     def play(self, run: str, plan: FaultPlan) -> threading.Thread:
         """Carry a plan out in the background. Join the thread to know that everything in it has happened."""
         thread = threading.Thread(target=self._play, args=(run, plan), daemon=True)
@@ -319,12 +360,12 @@ class LocalCluster:
         logs = sorted(self.folder.rglob("*.log"))
         return "\n".join(f"--- {log}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
 
-    def spawn(self, name: str, arguments: list[str]) -> None:
+    def spawn(self, name: str, arguments: list[str], *, inside: tuple[str, ...] = ()) -> None:
         log = self.folder / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             popen = subprocess.Popen(
-                [sys.executable, "-m", "potluck.cli", *arguments],
+                [*inside, sys.executable, "-m", "potluck.cli", *arguments],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -7,10 +7,31 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qsl
 
 import msgspec
 
-from potluck.protocol import Contribution, Dataset, Fates, HubInfo, RecipeRef, RunView
+from potluck.blobs import hash_bytes
+from potluck.domain.job import JobSpec
+from potluck.protocol import (
+    AttemptView,
+    Blob,
+    Contribution,
+    Dataset,
+    Fates,
+    Hardware,
+    HubInfo,
+    JobView,
+    LogPiece,
+    Missing,
+    RecipeRef,
+    RunView,
+    Tree,
+    TreeFile,
+    UploadAnswer,
+    Usage,
+    WorkerView,
+)
 
 Answer = Callable[[Any], Any]
 
@@ -48,6 +69,69 @@ def make_contribution(worker: str) -> Contribution:
     return Contribution(worker, "w-1", "cpu", 0.5, 9, fates, 33.0, 13.6, "2026-01-01", "2026-01-01", 1000, 2000)
 
 
+def make_attempt(number: int = 1, **changes: Any) -> AttemptView:
+    values: dict[str, Any] = {
+        "number": number,
+        "worker": "lab-1",
+        "worker_id": "w-1",
+        "state": "succeeded",
+        "reason": "exit code 0",
+        "executor": "bubblewrap",
+        "environment": {"python": "3.11.2", "packages": ["torch==2.13.0", "numpy==2.0"]},
+        "placed_at": "2026-01-01T10:00:01+00:00",
+        "started_at": "2026-01-01T10:00:02+00:00",
+        "ended_at": "2026-01-01T10:01:02+00:00",
+        "exit_code": 0,
+        "signal": "",
+        "usage": Usage(60.0, 55.0, 512_000_000),
+        "log_bytes": 0,
+        "outputs": None,
+        "checkpoint": None,
+    }
+    return AttemptView(**(values | changes))
+
+
+def make_job(name: str = "tiny", id_: str = "tiny-k3f2", **changes: Any) -> JobView:
+    values: dict[str, Any] = {
+        "id": id_,
+        "name": name,
+        "owner": "ada",
+        "state": "succeeded",
+        "reason": "exit code 0",
+        "mine": True,
+        "priority": 0,
+        "needs": "1 core, 2 GB of memory",
+        "created_at": "2026-01-01T10:00:00+00:00",
+        "started_at": "2026-01-01T10:00:02+00:00",
+        "ended_at": "2026-01-01T10:01:02+00:00",
+        "worker": "lab-1",
+        "exit_code": 0,
+        "retries_left": 2,
+        "spec": JobSpec(["python", "train.py", "--epochs", "3"], name=name),
+        "attempts": [make_attempt()],
+    }
+    return JobView(**(values | changes))
+
+
+def make_worker(name: str = "lab-1", **changes: Any) -> WorkerView:
+    values: dict[str, Any] = {
+        "id": f"w-{name}",
+        "name": name,
+        "state": "idle",
+        "device": "cpu",
+        "share": 1.0,
+        "trusted": False,
+        "hardware": msgspec.convert({}, Hardware),
+        "joined_at": "2026-01-01T10:00:00+00:00",
+        "last_seen": "2026-01-01T10:00:00+00:00",
+        "doing": "",
+        "samples_per_s": 0.0,
+        "fates": Fates(),
+        "units": 0,
+    }
+    return WorkerView(**(values | changes))
+
+
 class HubDouble:
     """Answers by (method, path); what is not in `routes` is a 404 problem. Notes what it was asked."""
 
@@ -55,6 +139,9 @@ class HubDouble:
         self.routes: dict[tuple[str, str], Answer] = {}
         self.asked: list[tuple[str, str, Any]] = []
         self.tokens: list[str] = []
+        self.queries: list[dict[str, str]] = []  # of each request, as in `asked`
+        self.blobs: dict[str, bytes] = {}
+        self.any_patch: Answer | None = None  # of an upload
         double = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -62,12 +149,17 @@ class HubDouble:
 
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                path = self.path.partition("?")[0].removeprefix("/api/v1")
-                sent = json.loads(body) if body else None
+                address, _, query = self.path.partition("?")
+                path = address.removeprefix("/api/v1")
+                is_json = "json" in self.headers.get("Content-Type", "")
+                sent = (json.loads(body) if is_json else body) if body else None
+                double.queries.append(dict(parse_qsl(query)))
                 double.asked.append((self.command, path, sent))
                 double.tokens.append(self.headers.get("Authorization", ""))
                 status, kind = 200, "application/json"
                 route = double.routes.get((self.command, path))
+                if self.command == "PATCH" and path.startswith("/uploads/") and route is None:
+                    route = double.any_patch
                 value = route(sent) if route else (404, "not_found", f"there is nothing at {path}")
                 if isinstance(value, tuple):
                     status, code, detail = value
@@ -81,7 +173,7 @@ class HubDouble:
                 self.end_headers()
                 self.wfile.write(raw)
 
-            do_GET = do_POST = do_PATCH = do_DELETE = do_HEAD = answer  # noqa: N815
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = answer  # noqa: N815
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -90,6 +182,7 @@ class HubDouble:
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.routes["GET", "/runs"] = self.routes["GET", "/jobs"] = lambda _: []
         self.routes["GET", "/hub"] = lambda _: HubInfo("Lab", "0.1.0", 1, 1, "2026-01-01T10:00:00+00:00")
 
     def knows(self, *runs: RunView) -> None:
@@ -97,6 +190,73 @@ class HubDouble:
         for run in runs:
             self.routes["GET", f"/runs/{run.id}"] = lambda _, run=run: run
             self.routes["GET", f"/runs/{run.id}/contributions"] = lambda _: [make_contribution("ada")]
+
+    def knows_jobs(self, *jobs: JobView) -> None:
+        """They are listed, and found by id and name; `last` is the first of them."""
+        self.routes["GET", "/jobs"] = lambda _: list(jobs)
+        for job in reversed(jobs):
+            for ref in (job.id, job.name, "last"):
+                self.routes["GET", f"/jobs/{ref}"] = lambda _, job=job: job
+            self.routes["GET", f"/runs/{job.id}/events"] = lambda _: []
+
+    def prints(self, job: JobView, attempt: int, text: str) -> None:
+        """The attempt has ended and printed this; it comes in the pieces that were asked for."""
+        before = self.routes.get(("GET", f"/jobs/{job.id}/log"))
+
+        def piece(body: Any) -> Any:
+            query = self.queries[-1]
+            if int(query["attempt"]) != attempt:
+                return before(body) if before else (404, "not_found", f"no attempt {query['attempt']}")
+            content, offset = text.encode(), int(query["offset"])
+            part = content[offset : offset + int(query["limit"])]
+            end = offset + len(part)
+            return LogPiece(attempt, offset, end, part.decode("utf-8", "replace"), end >= len(content))
+
+        self.routes["GET", f"/jobs/{job.id}/log"] = piece
+
+    def takes_projects(self) -> None:
+        """It keeps blobs, and knows which of them it misses."""
+
+        def batch(body: bytes) -> bytes:
+            head, _, rest = body.partition(b"\n")
+            for blob in msgspec.json.decode(head, type=list[Blob]):
+                content, rest = rest[: blob.size_bytes], rest[blob.size_bytes :]
+                self.blobs[blob.hash] = content
+            return b""
+
+        def upload(body: Any) -> UploadAnswer:
+            return UploadAnswer(body["blob"]["hash"], 0, body["blob"]["hash"] in self.blobs)
+
+        def missing(body: Any) -> Missing:
+            return Missing([one["hash"] for one in body if one["hash"] not in self.blobs])
+
+        def patch(body: bytes) -> UploadAnswer:
+            blob = self.add_blob(body)
+            return UploadAnswer(blob.hash, blob.size_bytes, True)
+
+        self.routes["POST", "/blobs/missing"] = missing
+        self.routes["POST", "/blobs/batch"] = batch
+        self.routes["POST", "/uploads"] = upload
+        self.any_patch = patch
+
+    def add_blob(self, content: bytes) -> Blob:
+        blob = hash_bytes(content)
+        self.blobs[blob.hash] = content
+        return blob
+
+    def gives_tree(self, job: JobView, files: dict[str, bytes], what: str = "outputs") -> Tree:
+        """The job left these files, and they can be fetched."""
+        tree = Tree([TreeFile(path, self.add_blob(content)) for path, content in sorted(files.items())])
+
+        def many(body: Any) -> bytes:
+            blobs = [hash_bytes(self.blobs[hash_]) for hash_ in body]
+            return msgspec.json.encode(blobs) + b"\n" + b"".join(self.blobs[hash_] for hash_ in body)
+
+        self.routes["GET", f"/jobs/{job.id}/tree"] = lambda _: (
+            tree if self.queries[-1]["what"] == what else (404, "not_found", "there is none")
+        )
+        self.routes["POST", "/blobs/many"] = many
+        return tree
 
     def close(self) -> None:
         self.server.shutdown()

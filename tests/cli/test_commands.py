@@ -24,7 +24,7 @@ def test_ps_lists_runs_plainly_where_there_is_no_terminal(hub: HubDouble, potluc
 
     assert code == 0
     header, first, second = out.splitlines()
-    assert header.split()[:5] == ["RUN", "ID", "RECIPE", "DATA", "STATE"]
+    assert header.split()[:5] == ["RUN", "ID", "WHAT", "STATE", "WHERE"]
     assert "25%" in first
     assert "digits evil" in second
 

@@ -13,21 +13,34 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 
 from potluck.blobs import BlobStore
+from potluck.domain.job import JobSpec
 from potluck.protocol import (
+    Blob,
+    CheckpointReport,
     Dataset,
+    End,
     HeartbeatAnswer,
     HeartbeatRequest,
     HubInfo,
+    JobLease,
+    JobProgress,
+    JobReport,
     JoinAnswer,
     JoinRequest,
     Layout,
     Lease,
     LeaseRequest,
+    Missing,
+    OrdersAnswer,
+    OrdersRequest,
+    Point,
     Problem,
     RecipeRef,
     Report,
     ReportAnswer,
     Shard,
+    Tree,
+    TreeFile,
     UnitSpec,
     UploadAnswer,
     UploadRequest,
@@ -73,6 +86,17 @@ class FakeHub:
         self.merge_on_report = False
         self.endless: dict[str, Any] | None = None  # arguments of `unit` for as many as are asked for
         self.bare = False  # answer as something that is no hub
+        self.jobs: dict[str, JobLease] = {}  # live leases of jobs
+        self.job_agents: dict[str, str] = {}  # lease → agent that it was delivered to
+        self.orders: list[OrdersRequest] = []
+        self.job_ends: list[End] = []
+        self.job_drops: set[str] = set()
+        self.job_progress: list[tuple[str, JobProgress]] = []
+        self.job_reports: list[tuple[str, JobReport]] = []
+        self.job_answers: dict[str, ReportAnswer] = {}
+        self.logs: dict[str, bytearray] = {}
+        self.points: dict[str, list[Point]] = {}
+        self.checkpoints: list[tuple[str, CheckpointReport]] = []
         self._next = 0
         self.port = 0
         self.server: ThreadingHTTPServer | None = None
@@ -149,6 +173,67 @@ class FakeHub:
         with self.changed:
             self.waiting += leases
             self.changed.notify_all()
+
+    def tree(self, files: dict[str, str | bytes]) -> Blob:
+        """A folder with these files, as a blob of its tree."""
+        kept = []
+        for path, content in sorted(files.items()):
+            data = content.encode() if isinstance(content, str) else content
+            kept.append(TreeFile(path, self.blobs.add_bytes(data), data.startswith(b"#!")))
+        return self.blobs.add_bytes(msgspec.json.encode(Tree(kept)))
+
+    def read_tree(self, blob: Blob) -> dict[str, bytes]:
+        tree = msgspec.json.decode(self.blobs.read(blob.hash), type=Tree)
+        return {file.path: self.blobs.read(file.blob.hash) for file in tree.files}
+
+    def job(
+        self,
+        *command: str,
+        files: dict[str, str | bytes] | None = None,
+        ttl_s: float = 60.0,
+        mine: bool = True,
+        spec: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> JobLease:
+        """A lease of a job with this command, not placed yet."""
+        self._next += 1
+        return JobLease(
+            id=f"00000000-0000-4000-9000-{self._next:012d}",
+            task_id=self._next,
+            run_id=f"job{self._next}",
+            name=f"job-{self._next}",
+            attempt=1,
+            owner="m-ann",
+            owner_name="ann",
+            owns_worker=mine,
+            ttl_s=ttl_s,
+            spec=JobSpec(list(command), **{"grace_s": 5.0, **(spec or {})}),
+            project=self.tree(files or {}),
+            **more,
+        )
+
+    def place(self, *leases: JobLease) -> None:
+        with self.changed:
+            self.jobs.update({lease.id: lease for lease in leases})
+            self.changed.notify_all()
+
+    def end_job(self, lease: JobLease, reason: str = "stopped by ann", grace_s: float = 5.0) -> None:
+        with self.changed:
+            self.job_ends.append(End(lease.id, reason, grace_s))
+            self.changed.notify_all()
+
+    def take_away(self, lease: JobLease) -> None:
+        """The lease has lapsed."""
+        with self.changed:
+            self.jobs.pop(lease.id, None)
+            self.job_drops.add(lease.id)
+            self.changed.notify_all()
+
+    def job_report(self, lease: JobLease) -> JobReport | None:
+        return next((report for lease_id, report in self.job_reports if lease_id == lease.id), None)
+
+    def log(self, lease: JobLease) -> bytes:
+        return bytes(self.logs.get(lease.id, b""))
 
     def outcome(self, lease: Lease | str) -> Report | None:
         id_ = lease if isinstance(lease, str) else lease.id
@@ -306,6 +391,23 @@ class _Handler(BaseHTTPRequestHandler):
                 self.say(UploadAnswer(upload_id, have, have == int(size)))
             case "GET", ["blobs", hash_]:
                 self.blob(hash_)
+            case "POST", ["blobs", "missing"]:
+                blobs = msgspec.json.decode(body, type=list[Blob])
+                self.say(Missing([blob.hash for blob in blobs if not hub.blobs.has(blob.hash)]))
+            case "POST", ["blobs", "batch"]:
+                head, _, rest = body.partition(b"\n")
+                for blob in msgspec.json.decode(head, type=list[Blob]):
+                    assert hub.blobs.add_bytes(rest[: blob.size_bytes]) == blob
+                    rest = rest[blob.size_bytes :]
+                self.answer(204, b"")
+            case "POST", ["blobs", "many"]:
+                found = [hub.blobs.blob(hash_) for hash_ in msgspec.json.decode(body, type=list[str])]
+                pieces = [hub.blobs.read(blob.hash) for blob in found]
+                self.answer(200, b"".join([msgspec.json.encode(found), b"\n", *pieces]))
+            case "POST", ["orders"]:
+                self.say(self.orders(msgspec.json.decode(body, type=OrdersRequest)))
+            case "POST", ["leases", lease_id, what] if what in ("progress", "log", "points", "checkpoint", "end"):
+                self.of_job(lease_id, what, body)
             case _:
                 raise _Problem(404, f"no route {self.command} {path}")
 
@@ -360,6 +462,54 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.merge_on_report and lease.kind == "unit" and report.outcome == "done":
             hub.publish(lease.run_id)
         return hub.answers[lease_id]
+
+    def orders(self, request: OrdersRequest) -> OrdersAnswer:
+        hub = self.hub
+        hub.orders.append(request)
+        ended = {lease_id for lease_id, _ in hub.job_reports}
+
+        def look() -> OrdersAnswer | None:
+            new = [
+                lease
+                for lease_id, lease in hub.jobs.items()
+                if lease_id not in request.holding and hub.job_agents.get(lease_id, request.agent) == request.agent
+            ]
+            ends = [end for end in hub.job_ends if end.lease_id in request.holding and end.lease_id not in ended]
+            drops = [lease_id for lease_id in request.holding if lease_id not in hub.jobs and lease_id not in ended]
+            return OrdersAnswer(new, ends, drops) if new or ends or drops else None
+
+        answer = self.wait_for(look, float(self.query.get("wait", 0)))
+        for lease in answer.leases if answer else ():
+            hub.job_agents[lease.id] = request.agent
+        return answer or OrdersAnswer()
+
+    def of_job(self, lease_id: str, what: str, body: bytes) -> None:
+        hub = self.hub
+        if what == "end":
+            if lease_id not in hub.job_answers:
+                live = hub.jobs.pop(lease_id, None) is not None
+                hub.job_answers[lease_id] = ReportAnswer(live, "" if live else "the hub has moved on")
+                if live:
+                    hub.job_reports.append((lease_id, msgspec.json.decode(body, type=JobReport)))
+            self.say(hub.job_answers[lease_id])
+            return
+        if lease_id not in hub.jobs:
+            raise _Problem(409, "the hub has moved on")
+        match what:
+            case "log":
+                log, offset = hub.logs.setdefault(lease_id, bytearray()), int(self.query["offset"])
+                if offset > len(log) and "skip" not in self.query:
+                    raise _Problem(409, f"go on at offset {len(log)}")
+                log[offset:] = body
+                self.say({"offset": len(log)})
+                return
+            case "points":
+                hub.points.setdefault(lease_id, []).extend(msgspec.json.decode(body, type=list[Point]))
+            case "checkpoint":
+                hub.checkpoints.append((lease_id, msgspec.json.decode(body, type=CheckpointReport)))
+            case "progress":
+                hub.job_progress.append((lease_id, msgspec.json.decode(body, type=JobProgress)))
+        self.answer(204, b"")
 
     def chain(self, run: str, after: int, wait_s: float) -> list[Version]:
         chain = self.hub.versions.get(run, [])

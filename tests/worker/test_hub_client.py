@@ -210,7 +210,7 @@ def test_https_to_a_hub_without_tls_is_said(edge: FakeHub) -> None:
 def test_an_upload_goes_on_where_it_was_cut_and_is_skipped_when_known(
     edge: FakeHub, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("potluck.client.hub.PIECE_BYTES", 40_000)
+    monkeypatch.setattr("potluck.client.blobs.PIECE_BYTES", 40_000)
     content = os.urandom(150_000)
     path = tmp_path / "file"
     path.write_bytes(content)

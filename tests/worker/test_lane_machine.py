@@ -39,6 +39,8 @@ from potluck.worker.words import (
     EndChild,
     Fetch,
     Fetched,
+    GoOn,
+    Hold,
     Leased,
     NewVersion,
     NotFetched,
@@ -91,6 +93,7 @@ class LaneLife(RuleBasedStateMachine):
         self.handed_in = False
         self.held: dict[str, int] = {}
         self.over = False
+        self.paused = False
         self.feed(Tick())
 
     def feed(self, event: Any) -> None:
@@ -101,6 +104,7 @@ class LaneLife(RuleBasedStateMachine):
     def obey(self, wish: Any) -> None:
         match wish:
             case AskLease():
+                assert not self.paused, "asked while held"
                 self.asked += 1
                 assert self.asked == 1, "asked while asking"
             case Fetch(wanted, have):
@@ -274,6 +278,27 @@ class LaneLife(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.now += seconds
         self.feed(Tick())
+
+    @rule()
+    def hold(self) -> None:
+        self.paused = True
+        self.feed(Hold())
+
+    @precondition(lambda self: self.paused)
+    @rule()
+    def go_on(self) -> None:
+        self.paused = False
+        self.feed(GoOn())
+
+    @precondition(lambda self: self.paused and not self.over)
+    @rule()
+    def held_for_long(self) -> None:
+        """Whatever the child does or leaves undone, a lane that is held lets go of the machine."""
+        self.now += 9.0
+        self.feed(Tick())
+        assert self.child in ("none", "dying")
+        assert all(task.stage is Stage.SENDING for task in self.lane.tasks.values())
+        assert self.lane.is_quiet() == (self.child == "none")
 
     @rule(really=st.integers(0, 19))
     def stop(self, really: int) -> None:

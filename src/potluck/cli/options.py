@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
@@ -13,9 +14,24 @@ from potluck.errors import BadInput, NotFound
 
 if TYPE_CHECKING:
     from potluck.client import Hub
-    from potluck.protocol import RunView
+    from potluck.protocol import JobView, RunView, WorkerView
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Named(Protocol):
+    """What a run of the pool and a job have in common."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def created_at(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+MANY_JOBS = 500  # as many of the newest are searched by name here; the hub knows all of them
 
 
 class Value(click.ParamType[Any]):
@@ -96,14 +112,62 @@ def timeout_option(what: str) -> Callable[[F], F]:
 
 
 def find_run(hub: Hub, ref: str) -> RunView:
-    """The run that `ref` names: an id or its beginning, a name, or `last` for the newest."""
-    return choose_run(hub.runs(), ref)
+    """The run of the pool that `ref` names: an id or its beginning, a name, or `last` for the newest."""
+    try:
+        return choose_run(hub.runs(), ref)
+    except NotFound:
+        if ref != "last" and (job := _exactly(hub.jobs(MANY_JOBS), ref)):
+            raise BadInput(f"`{ref}` is a job, and this is for runs of the pool: `potluck show {job.id}`") from None
+        raise
 
 
-def choose_run(runs: Iterable[RunView], ref: str) -> RunView:
+def find_job(hub: Hub, ref: str) -> JobView:
+    """The job that `ref` names, with all that the hub tells of it; `last` is the newest job."""
+    try:
+        return hub.job(ref)
+    except NotFound:
+        if run := _exactly(hub.runs(), ref):
+            raise BadInput(f"`{ref}` is a run of the pool, and this is for jobs: `potluck show {run.id}`") from None
+        jobs = hub.jobs(MANY_JOBS)
+        if not jobs:
+            raise NotFound("this hub has no jobs yet: submit one with `potluck run -- COMMAND`") from None
+        return hub.job(choose_run(jobs, ref).id)  # also by the beginning of its name; or says which is nearest
+
+
+def find_either(hub: Hub, ref: str) -> RunView | JobView:
+    """The run of the pool or the job that `ref` names; `last` is the newest of both, other people's jobs aside."""
+    from potluck.protocol import JobView
+
+    runs = hub.runs()
+    if ref != "last":
+        if run := _exactly(sorted(runs, key=lambda run: run.created_at, reverse=True), ref):
+            return run
+        with suppress(NotFound):
+            return hub.job(ref)
+    jobs = hub.jobs(MANY_JOBS)
+    known: list[RunView | JobView] = [*runs, *([job for job in jobs if job.mine] or jobs)]
+    found = choose_run(known, ref)
+    return hub.job(found.id) if isinstance(found, JobView) else found
+
+
+def find_worker(hub: Hub, ref: str) -> WorkerView:
+    """The worker that `ref` names: an id or its beginning, or a name."""
+    workers = hub.workers()
+    found = [w for w in workers if ref in (w.id, w.name)] or [w for w in workers if ref and w.id.startswith(ref)]
+    if not found:
+        raise NotFound(f"no worker `{ref}`: `potluck workers` lists them")
+    if len(found) > 1:
+        names = ", ".join(f"{worker.name} ({worker.id})" for worker in found[:6])
+        raise BadInput(f"`{ref}` names {len(found)} workers: {names}. Write the whole id.")
+    return found[0]
+
+
+def choose_run(runs: Iterable[N], ref: str) -> N:
     newest_first = sorted(runs, key=lambda run: run.created_at, reverse=True)
     if not newest_first:
-        raise NotFound("this hub has no runs yet: start one with `potluck train RECIPE --data SOURCE`")
+        raise NotFound(
+            "this hub has no runs yet: start one with `potluck train RECIPE --data SOURCE` or `potluck run -- COMMAND`"
+        )
     if ref == "last":
         return newest_first[0]
     exact = [run for run in newest_first if ref in (run.id, run.name)]
@@ -118,10 +182,14 @@ def choose_run(runs: Iterable[RunView], ref: str) -> RunView:
     raise NotFound(f"no run `{ref}`{_nearest_run(newest_first, ref)}")
 
 
-def _nearest_run(runs: list[RunView], ref: str) -> str:
+def _exactly(runs: Iterable[N], ref: str) -> N | None:
+    return next((run for run in runs if ref in (run.id, run.name)), None)
+
+
+def _nearest_run(runs: Iterable[Named], ref: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(ref, [run.name for run in runs], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(ref, [word for run in runs for word in (run.name, run.id)], n=1, cutoff=0.5)
     return f": did you mean `{near[0]}`?" if near else ": `potluck ps` lists them"
 
 
@@ -133,6 +201,17 @@ def key_values(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise BadInput(f"`{pair}` is not KEY=VALUE: write it like lr=0.001")
         found[key.strip()] = _scalar(value.strip())
+    return found
+
+
+def text_pairs(pairs: Iterable[str], example: str) -> dict[str, str]:
+    """`K=V` pairs as they are written: every value is text."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise BadInput(f"`{pair}` is not K=V: write it like {example}")
+        found[key] = value
     return found
 
 

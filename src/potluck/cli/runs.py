@@ -1,20 +1,25 @@
-"""Which runs are there, how do they stand, why, and what can be changed?"""
+"""Which runs and jobs are there, how do they stand, why, and what can be changed?"""
 
 from __future__ import annotations
 
 from contextlib import suppress
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import click
 
 from potluck.cli import output
 from potluck.cli.follow import Connect, exit_code, follow
-from potluck.cli.options import choose_run, find_run, hub_options, json_option, key_values, timeout_option
+from potluck.cli.jobs import ended_sentence, job_json, print_job
+from potluck.cli.options import find_either, find_run, hub_options, json_option, key_values, timeout_option
+from potluck.cli.watch import exit_code as job_exit_code
+from potluck.cli.watch import wait_until_gone, watch_states
 from potluck.errors import BadInput, NotFound
 from potluck.telemetry import clean
 
 if TYPE_CHECKING:
-    from potluck.protocol import Contribution, RunView
+    from potluck.client import Hub
+    from potluck.protocol import Contribution, JobView, RunView
 
 RUN = click.argument("ref", metavar="RUN")
 RUN_HELP = "RUN is an id or its beginning, a name, or `last`."
@@ -24,60 +29,73 @@ RUN_HELP = "RUN is an id or its beginning, a name, or `last`."
 @json_option
 @hub_options
 def ps_command(connect: Connect, as_json: bool) -> None:
-    """List the runs."""
+    """List the runs of the pool and the jobs."""
     with connect() as hub:
-        runs = hub.runs()
+        runs, jobs = hub.runs(), hub.jobs()
     if as_json:
-        output.print_json(runs)
+        import msgspec
+
+        output.print_json([*msgspec.to_builtins(runs), *map(job_json, jobs)])
         return
-    if not runs:
-        output.say("No runs yet. Start one: potluck train RECIPE --data SOURCE")
+    if not runs and not jobs:
+        output.say("Nothing yet. Start one: potluck train RECIPE --data SOURCE, or potluck run -- COMMAND")
         return
     now = output.utc_now()
-    columns = (
-        "RUN",
-        "ID",
-        "RECIPE",
-        "DATA",
-        "STATE",
-        "DONE",
-        "SAMPLES",
-        "PER S",
-        "WORKERS",
-        "LOSSES",
-        "STARTED",
-    )
-    rows = [
-        (
-            run.name,
-            run.id,
-            run.recipe.name,
-            run.dataset.name,
-            run.state,
-            output.share(far) if (far := output.fraction(run)) is not None else "–",
-            f"{run.fates.applied + run.fates.late:,}",
-            output.number(run.samples_per_s),
-            run.active_workers,
-            output.figures(run.losses),
-            output.ago(run.started_at or run.created_at, now),
-        )
-        for run in sorted(runs, key=lambda run: run.created_at)
+    rows = [(run.created_at, _run_row(run, now)) for run in runs] + [
+        (job.created_at, _job_row(job, now)) for job in jobs
     ]
-    output.print_table(columns, rows, right=("DONE", "SAMPLES", "PER S", "WORKERS"))
+    rows.sort(key=lambda row: output.when(row[0]))
+    output.print_table(("RUN", "ID", "WHAT", "STATE", "WHERE", "SO FAR", "STARTED"), [row for _, row in rows])
+
+
+def _run_row(run: RunView, now: datetime) -> tuple[str, ...]:
+    far = output.fraction(run)
+    done = f"{run.fates.applied + run.fates.late:,} samples, {output.number(run.samples_per_s)}/s"
+    return (
+        run.name,
+        run.id,
+        f"{run.recipe.name} on {run.dataset.name}",
+        run.state,
+        f"{run.active_workers} workers",
+        (f"{output.share(far)}, " if far is not None else "") + f"{done}, {output.figures(run.losses)}",
+        output.ago(run.started_at or run.created_at, now),
+    )
+
+
+def _job_row(job: JobView, now: datetime) -> tuple[str, ...]:
+    if job.started_at:
+        ended = output.when(job.ended_at) if job.ended_at else now
+        far = output.span((ended - output.when(job.started_at)).total_seconds())
+    else:
+        far = "–"
+    exited = f" (exit {job.exit_code})" if job.exit_code else ""
+    return (
+        job.name,
+        job.id,
+        f"job of {job.owner}" + (f": {job.needs}" if job.needs else ""),
+        job.state + exited,
+        job.worker or "–",
+        far + (f", {job.reason}" if job.reason and job.state not in ("running", "succeeded") else ""),
+        output.ago(job.started_at or job.created_at, now),
+    )
 
 
 @click.command("show", epilog=RUN_HELP)
 @RUN
-@click.option("--follow", "-f", "live", is_flag=True, help="Watch until the run has ended.")
+@click.option("--follow", "-f", "live", is_flag=True, help="Watch until it has ended; a job: with its own exit code.")
 @timeout_option("With --follow: stop watching")
 @json_option
 @hub_options
 def show_command(connect: Connect, ref: str, live: bool, timeout: float | None, as_json: bool) -> int:
-    """Show one run: progress, losses, who works on it."""
+    """Show one run or job: how far it is, where, and what came of it."""
     if timeout is not None and not live:
         raise BadInput("--timeout is for --follow: without it there is nothing to wait for")
+    from potluck.protocol import JobView
+
     with connect() as hub:
-        run = find_run(hub, ref)
+        run = find_either(hub, ref)
+        if isinstance(run, JobView):
+            return _show_job(hub, run, live=live, timeout_s=timeout, as_json=as_json)
         if live:
             run = follow(hub, run, timeout_s=timeout, quiet=as_json)
         contributions = hub.contributions(run.id)
@@ -88,6 +106,16 @@ def show_command(connect: Connect, ref: str, live: bool, timeout: float | None, 
     else:
         print_run(run, contributions)
     return exit_code(run) if live else 0
+
+
+def _show_job(hub: Hub, job: JobView, *, live: bool, timeout_s: float | None, as_json: bool) -> int:
+    if live:
+        job = watch_states(hub, job, timeout_s=timeout_s)
+    if as_json:
+        output.print_json(job_json(job))
+    else:
+        print_job(hub, job)
+    return job_exit_code(job) if live else 0
 
 
 def print_run(run: RunView, contributions: list[Contribution]) -> None:
@@ -140,15 +168,15 @@ def print_contributions(contributions: list[Contribution]) -> None:
     output.print_table(columns, rows, right=columns[2:])
 
 
-@click.command("why", epilog="ID is a run's, task's, lease's or worker's id, a run's name, or `last`.")
+@click.command("why", epilog="ID is a run's, job's, task's, lease's or worker's id, a name, or `last`.")
 @click.argument("subject", metavar="ID")
 @json_option
 @hub_options
 def why_command(connect: Connect, subject: str, as_json: bool) -> None:
-    """Explain why a run, task or worker is in the state it is in."""
+    """Explain why a run, job, task or worker is in the state it is in."""
     with connect() as hub:
-        with suppress(NotFound, BadInput):  # not a run's: the hub knows the other ids
-            subject = choose_run(hub.runs(), subject).id
+        with suppress(NotFound, BadInput):  # not a run's or job's: the hub knows the other ids
+            subject = find_either(hub, subject).id
         answer = hub.why(subject)
     if as_json:
         output.print_json(answer)
@@ -201,14 +229,26 @@ def resume_command(connect: Connect, ref: str, as_json: bool) -> None:
 
 @click.command("stop", epilog=RUN_HELP)
 @RUN
-@click.option("--wait", is_flag=True, help="Return when the last merge is done.")
+@click.option("--wait", is_flag=True, help="Return when the last merge is done, or nothing of the job runs any more.")
 @timeout_option("With --wait: give up")
 @json_option
 @hub_options
 def stop_command(connect: Connect, ref: str, wait: bool, timeout: float | None, as_json: bool) -> None:
-    """End a run: what was handed in is merged first."""
+    """End a run or a job: what was handed in is merged, a job gets time for a checkpoint."""
+    from potluck.protocol import JobView
+
     with connect() as hub:
-        run = hub.stop(find_run(hub, ref).id)
+        run = find_either(hub, ref)
+        if isinstance(run, JobView):
+            job = hub.stop_job(run.id)
+            if wait or timeout is not None:
+                job = wait_until_gone(hub, job, timeout_s=timeout)
+            if as_json:
+                output.print_json(job_json(job))
+            else:
+                output.say(ended_sentence(job))
+            return
+        run = hub.stop(run.id)
         if wait or timeout is not None:
             run = follow(hub, run, timeout_s=timeout, quiet=True)
     _tell(run, as_json, f"Take the model with `potluck export {run.name} DIR`.")

@@ -4,8 +4,9 @@
         for run in hub.runs():
             print(run.name, run.version)
 
-Calls are made once: whoever calls knows whether to try again. Only `upload`, `download` and `fetch`, which can resume
-where they stopped, keep trying while there is progress. A `Hub` may be shared between threads.
+Calls are made once: whoever calls knows whether to try again. Only those that can resume where they stopped keep trying
+while there is progress: `upload`, `download`, `fetch`, and their kin for whole folders. A `Hub` may be shared between
+threads.
 """
 
 from potluck.client.hub import Hub

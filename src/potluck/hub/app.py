@@ -130,7 +130,7 @@ def _serve(settings: HubSettings, listener: socket.socket, dsn: str, postgres: E
         settings_.write_private(settings.data_dir / "hub.json", json.dumps(note, indent=1))
         await _say_hello(desk, settings, place)
         if settings.house_worker:
-            await house.keep(desk, settings.data_dir / "house", place.local)
+            await house.keep(desk, settings.data_dir / "house", place.local, token)
 
     background: list[Background] = [announce, lambda: upkeep.run_forever(desk), lambda: upkeep.hear(desk)]
     background.append(lambda: upkeep.sweep_forever(desk))

@@ -1,6 +1,7 @@
 """Who merges when nobody else is trusted? The house worker: an ordinary agent, in a process of its own, on this machine.
 
-It keeps its credential in the hub's data folder. If it dies it is started again; if the hub dies it goes on knocking,
+It takes jobs, too: everybody's if a container runtime works here, and the admin's own in any case, because the admin is its
+owner. It keeps its credential in the hub's data folder. If it dies it is started again; if the hub dies it goes on knocking,
 and the next hub finds it by its lock and does not start a second one.
 """
 
@@ -13,8 +14,9 @@ import os
 import sys
 from pathlib import Path
 
-from potluck.hub.commands import people
-from potluck.hub.commands.desk import Desk
+from potluck.errors import PotluckError
+from potluck.hub.commands import machines, people
+from potluck.hub.commands.desk import Caller, Desk
 from potluck.protocol import InviteRequest
 from potluck.settings import write_private
 from potluck.telemetry import logger
@@ -24,13 +26,14 @@ _ALREADY_RUNNING = 5  # exit code of an agent whose home is in use
 _NOT_WELCOME = (1, 4)  # revoked, or the ledger is another one: join anew
 
 
-async def keep(desk: Desk, home: Path, address: str) -> None:
+async def keep(desk: Desk, home: Path, address: str, admin_token: str) -> None:
     """Run the house worker for ever."""
+    owner = await people.authenticate(desk, admin_token)
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     pause = 0.5
     while True:
         started = asyncio.get_running_loop().time()
-        code = await _run_once(desk, home, address)
+        code = await _run_once(desk, home, address, owner)
         if code == _ALREADY_RUNNING:
             await asyncio.sleep(5)  # the one of the hub before us; take over when it ends
             continue
@@ -42,7 +45,7 @@ async def keep(desk: Desk, home: Path, address: str) -> None:
         await asyncio.sleep(pause)
 
 
-async def _run_once(desk: Desk, home: Path, address: str) -> int:
+async def _run_once(desk: Desk, home: Path, address: str, owner: Caller) -> int:
     environment = dict(os.environ)
     credential = home / "credential.json"
     if credential.exists():  # the hub may be at another port than last time
@@ -74,6 +77,7 @@ async def _run_once(desk: Desk, home: Path, address: str) -> int:
             env=environment,
             start_new_session=True,
         )
+    owning = asyncio.create_task(_own(desk, credential, owner))
     try:
         return await process.wait()
     except asyncio.CancelledError:
@@ -84,3 +88,18 @@ async def _run_once(desk: Desk, home: Path, address: str) -> int:
         if process.returncode is None:
             process.kill()
         raise
+    finally:
+        owning.cancel()
+
+
+async def _own(desk: Desk, credential: Path, owner: Caller) -> None:
+    """Once it has joined, make the admin its owner: then the admin's jobs need no container here."""
+    while not credential.exists():
+        await asyncio.sleep(0.2)
+    known = json.loads(credential.read_text())
+    try:
+        found = await people.workers(desk, totals=False, only=known["worker_id"])
+        if found and not found[0].owner:
+            await machines.own(desk, owner, known["token"])
+    except PotluckError as error:
+        log.warning("house.not_owned", reason=str(error))

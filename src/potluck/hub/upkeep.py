@@ -1,4 +1,4 @@
-"""What must happen though nobody asks? Silent workers' leases expire, rounds close, tastes are ordered, runs end."""
+"""What must happen though nobody asks? Silent workers' leases expire, rounds close, jobs are placed, runs end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from datetime import timedelta
 
 from potluck.errors import PotluckError
-from potluck.hub.commands import files, rounds, work
+from potluck.hub.commands import attempts, files, placing, rounds, work
 from potluck.hub.commands.desk import Desk
 from potluck.telemetry import logger
 
@@ -16,17 +16,21 @@ RETURN_GRACE = timedelta(seconds=30)
 
 
 SWEEP_EVERY_S = 30.0
+TOGETHER_S = 0.015
+"""So long a placement pass waits for more news of the same moment."""
 
 
 async def welcome_back(desk: Desk) -> None:
     """At start: nobody could send a heartbeat while the hub was down."""
     async with desk.ledger.transaction() as tx:
         await tx.run("spare_leases", grace=RETURN_GRACE)
+        await tx.run("forget_hang_ups")
 
 
 async def run_once(desk: Desk) -> float:
     """Everything that is due now. Returns in how many seconds to look again, if there is no news before."""
     await work.expire(desk)
+    await attempts.expire(desk)
     wake = 1.0
     async with desk.ledger.transaction() as tx:
         live = await tx.rows("live_runs")
@@ -39,6 +43,12 @@ async def run_once(desk: Desk) -> float:
 
 
 async def run_forever(desk: Desk) -> None:
+    async with asyncio.TaskGroup() as both:
+        both.create_task(_settle_forever(desk))
+        both.create_task(_place_forever(desk))
+
+
+async def _settle_forever(desk: Desk) -> None:
     while not desk.news.closed:
         ticket = desk.news.ticket("rounds")
         try:
@@ -47,6 +57,23 @@ async def run_forever(desk: Desk) -> None:
             log.warning("upkeep.waits", reason=str(error))
             wake = 1.0
         await desk.news.wait(ticket, wake)
+
+
+async def _place_forever(desk: Desk) -> None:
+    """A pass whenever there is news, and now and then while anything waits."""
+    while not desk.news.closed:
+        ticket = desk.news.ticket("place")
+        try:
+            done = await placing.run_pass(desk)
+        except PotluckError as error:
+            log.warning("placing.waits", reason=str(error))
+            done = placing.Pass(mine=False, took_s=0.5)
+        if done.placed:
+            log.info("jobs.placed", count=done.placed, waiting=done.waiting, took_ms=round(done.took_s * 1000))
+        wait_s = (2.0 if done.waiting else 10.0) if done.mine else 0.1
+        await desk.news.wait(ticket, wait_s)
+        # News comes in crowds. And half of the time belongs to others, however long the line is.
+        await asyncio.sleep(max(TOGETHER_S, done.took_s))
 
 
 async def sweep_forever(desk: Desk) -> None:
@@ -63,7 +90,9 @@ async def hear(desk: Desk) -> None:
     """Pass on what other hub copies, and our own transactions, notify."""
 
     def heard(news: str) -> None:
-        desk.news.tell(news)
+        topic, _, ids = news.partition(":")
+        for id_ in ids.split(",") if "," in ids else [ids]:  # desk.spread puts many into one
+            desk.news.tell(f"{topic}:{id_}" if id_ else topic)
         if news:
             desk.news.tell("change")
 

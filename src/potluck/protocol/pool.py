@@ -425,6 +425,13 @@ class WorkerView:
     samples_per_s: float
     fates: Fates
     units: int
+    owner: str = ""  # a person's name; empty: nobody said
+    labels: dict[str, str] = field(default_factory=dict)  # its owner's and the hub's
+    rules: dict[str, Json] = field(default_factory=dict)  # jobs.py `Rules`; empty: it never asked for jobs
+    executors: list[str] = field(default_factory=list)
+    machine: dict[str, Json] = field(default_factory=dict)  # jobs.py `MachineNow`
+    draining: bool = False
+    jobs: list[str] = field(default_factory=list)  # "digits on gpu 0"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,12 @@
     heartbeat       tells the hub every third of a lease's life that we are here, and what every lease is at
     errands         one short-lived thread for each wait on the network (errands.py)
     child           the training process of each lane (runners.py)
+    keeper          jobs: asks for orders, a thread for each job that is here (jobs/keeper.py)
 
-The first Ctrl-C (or SIGTERM) hands in what is done and leaves; the second leaves at once. What the hub has not
+While a job is here the lane of units holds: it hands in, frees the memory and waits.
+
+The first Ctrl-C (or SIGTERM) hands in what is done and leaves; the second leaves at once. Jobs get their grace to write
+a checkpoint and go on elsewhere. What the hub has not
 answered for stays in the spool, and the next agent in this folder hands it in.
 """
 
@@ -18,7 +22,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -27,15 +31,16 @@ from potluck.client import Hub
 from potluck.errors import PotluckError, VersionMismatch
 from potluck.protocol import HeartbeatRequest, Progress
 from potluck.worker.errands import Bench, Errands
-from potluck.worker.hardware import usable_cores
+from potluck.worker.hardware import Machine, usable_cores
+from potluck.worker.jobs.keeper import House, Keeper
 from potluck.worker.line import LONGEST_WAIT_S, GivenUp, Line
 from potluck.worker.membership import Credential, only_agent
 from potluck.worker.runners import COMMAND
 from potluck.worker.screen import Facts, View, Work, view
 from potluck.worker.spool import Spool
-from potluck.worker.state import Lane
+from potluck.worker.state import HAND_IN_S, LEAVE_S, Lane
 from potluck.worker.tasks import LanePolicy, Stage
-from potluck.worker.words import Beat, LaneEvent, Over, Stop, Tick
+from potluck.worker.words import Beat, GoOn, Hold, LaneEvent, Over, Stop, Tick
 
 TTL_S = 15.0  # of a lease, until the first one says it
 EVICT_EVERY_S = 60.0
@@ -61,6 +66,7 @@ class AgentSettings:
     for_s: float | None = None
     cache_bytes: int = 5 * 10**9
     screen: bool = True
+    house: House = field(default_factory=House)  # what its owner allows
 
     @classmethod
     def of(cls, credential: Credential, home: Path, **more: object) -> AgentSettings:
@@ -90,7 +96,14 @@ class _Asked:
     at_once: bool
 
 
-_Event = tuple[str, LaneEvent | _Refused | _Asked]
+@dataclass(frozen=True)
+class _Jobs:
+    """Jobs are here now, or the last one has gone."""
+
+    busy: bool
+
+
+_Event = tuple[str, LaneEvent | _Refused | _Asked | _Jobs]
 
 
 class Agent:
@@ -117,6 +130,10 @@ class Agent:
         self._beats: list[Progress] = []
         self._applied = 0
         self._messages: set[str] = set()
+        self._quiet = threading.Event()  # the pool has let go of the machine
+        self._held = False
+        self._left_at: float | None = None
+        self._last_at = 0.0  # a leaving agent goes then, whatever is left
         self._interrupts = 0
         self._exit: int | None = None
 
@@ -169,7 +186,22 @@ class Agent:
         self._errands = {
             name: Errands(name, bench, self._poster(name), threads=threads_of(name, settings)) for name in self._lanes
         }
+        self._machine = Machine(settings.home, pool=self._pool_processes)
+        self._keeper = Keeper(
+            line=self._line,
+            store=self._store,
+            home=settings.home,
+            worker_id=settings.worker_id,
+            house=house_of(settings),
+            machine=self._machine.now,
+            say=self._view.say,
+            on_busy=self._jobs_are_here,
+            on_end=self._job_ended,
+            quiet=self._quiet.wait,
+            cache_bytes=settings.cache_bytes,
+        )
         self._hand_in_spool(spool)
+        self._keeper.start()
         threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
         self._view.say(f"{settings.name} works for {settings.hub_name or settings.hub} on {settings.device}")
         try:
@@ -179,13 +211,15 @@ class Agent:
         return self._leave(hub)
 
     def _loop(self, started: float) -> None:
-        """Until every lane is over, or there is a reason to go at once."""
+        """Until every lane is over and no job is left, or there is a reason to go at once."""
         ticked = evicted = started
         for name in self._lanes:
             self._feed(name, Tick())
-        while self._exit is None and not all(lane.over for lane in self._lanes.values()):
+        while self._exit is None and not self._is_over():
             try:
-                name, event = self._inbox.get(timeout=min(lane.next_tick_s() for lane in self._lanes.values()))
+                name, event = self._inbox.get(
+                    timeout=min([0.5, *(lane.next_tick_s() for lane in self._lanes.values())])
+                )
             except queue.Empty:
                 pass
             else:
@@ -197,13 +231,18 @@ class Agent:
                     self._feed(lane, Tick())
                 self._view.show(self._facts())
             if self.settings.for_s is not None and now - started >= self.settings.for_s:
-                self._stop_lanes()
+                self._start_leaving()
             if now - evicted >= EVICT_EVERY_S:
                 evicted = now
                 pinned = {h for errands in self._errands.values() for h in errands.pinned}
                 self._store.evict(self.settings.cache_bytes, keep=pinned)
 
-    def _take(self, name: str, event: LaneEvent | _Refused | _Asked) -> None:
+    def _is_over(self) -> bool:
+        if self._left_at is None or not all(lane.over for lane in self._lanes.values()):
+            return False
+        return self._keeper.is_idle() or self._clock() >= self._last_at
+
+    def _take(self, name: str, event: LaneEvent | _Refused | _Asked | _Jobs) -> None:
         match event:
             case _Refused(error):
                 self._exit = TOO_OLD if isinstance(error, VersionMismatch) else REVOKED
@@ -214,7 +253,13 @@ class Agent:
                     self._exit = INTERRUPTED
                 elif not self._is_leaving():
                     self._view.say("leaving: handing in what is done. Once more to leave at once")
-                    self._stop_lanes()
+                    self._start_leaving()
+            case _Jobs(busy):
+                self._held = busy
+                for lane, state in self._lanes.items():
+                    if "unit" in state.policy.kinds:  # merges and tastes go on: the whole pool waits for them
+                        self._feed(lane, Hold() if busy else GoOn())
+                self._look_for_quiet()
             case Beat() if not name:
                 for lane in self._lanes:
                     self._feed(lane, event)
@@ -227,20 +272,42 @@ class Agent:
         for wish in lane.handle(event, self._clock()):
             errands.carry_out(wish)
             if isinstance(wish, Over):
-                self._stop_lanes()
+                self._start_leaving()
         for task in lane.tasks.values():
             self._ttl_s = task.lease.ttl_s
         self._beats = [beat for each in self._lanes.values() for beat in each.progress()]
         if len(lane.tasks) > leases:
             self._beat_now.set()  # the hub may keep shorter leases than we thought
+        self._look_for_quiet()
 
-    def _stop_lanes(self) -> None:
+    def _jobs_are_here(self, busy: bool) -> None:
+        """From the keeper's threads, before a first job begins and after the last one has ended."""
+        self._quiet.clear()
+        self._inbox.put(("", _Jobs(busy)))
+
+    def _look_for_quiet(self) -> None:
+        if self._held and all(lane.is_quiet() for lane in self._lanes.values() if "unit" in lane.policy.kinds):
+            self._quiet.set()
+
+    def _start_leaving(self) -> None:
+        """Lanes hand in; jobs get their grace, and after it the time that handing in takes."""
+        if self._left_at is None:
+            self._left_at = self._clock()
+            self._last_at = self._left_at + max(HAND_IN_S, self._keeper.grace_s()) + LEAVE_S
+            self._keeper.leave()
         for name, lane in self._lanes.items():
             if lane.stopping_since is None and not lane.over:
                 self._feed(name, Stop())
 
     def _is_leaving(self) -> bool:
-        return any(lane.stopping_since is not None for lane in self._lanes.values())
+        return self._left_at is not None
+
+    def _job_ended(self) -> None:
+        if self.settings.once and self.settings.house.rules.accept == "jobs" and self._keeper.is_idle():
+            self.stop()
+
+    def _pool_processes(self) -> list[int]:
+        return [pid for errands in self._errands.values() if (pid := errands.child_pid) is not None]
 
     def _leave(self, hub: Hub) -> int:
         """Say goodbye, if there is time for manners."""
@@ -253,12 +320,13 @@ class Agent:
                 hub.leave()
         units = sum(lane.tally.done for lane in self._lanes.values())
         samples = sum(lane.tally.samples for lane in self._lanes.values())
-        kept = sum(len(errands.spooled) for errands in self._errands.values())
+        kept = sum(len(errands.spooled) for errands in self._errands.values()) + self._keeper.kept
         more = f"; {kept} not yet handed in, kept for the next time" if kept else ""
         self._view.say(f"left after {units} tasks and {samples:,} samples{more}")
         return 0
 
     def _end_children(self) -> None:
+        self._keeper.kill()  # after a goodbye there is nothing left to kill
         for errands in self._errands.values():
             errands.stop_asking()
             if self._exit is not None:
@@ -267,15 +335,15 @@ class Agent:
             errands.wait_child(5.0)
 
     def _hand_in_spool(self, spool: Spool) -> None:
-        first = next(iter(self._errands.values()))
-        entries = spool.entries()
+        first = next(iter(self._errands.values()), None)
+        entries = spool.entries() if first is not None else []
         for folder, entry in entries:
             if entry.worker_id != self.settings.worker_id:
                 self._view.say(f"a finished {entry.kind} of another membership is thrown away", True)
                 spool.remove(folder)
-            else:
+            elif first is not None:
                 first.hand_in(folder, entry)
-        if first.spooled:
+        if first is not None and first.spooled:
             self._view.say(f"handing in {len(first.spooled)} finished before")
 
     # --- heartbeat
@@ -304,7 +372,8 @@ class Agent:
         for errands in self._errands.values():
             for lease_id in errands.spooled:
                 beats.setdefault(lease_id, Progress(lease_id))
-        state = "leaving" if self._is_leaving() else "working" if beats else "idle"
+        at_work = beats or self._keeper.works()
+        state = "leaving" if self._is_leaving() else "working" if at_work else "idle"
         return HeartbeatRequest(list(beats.values()), state)
 
     # --- small things
@@ -326,6 +395,7 @@ class Agent:
             is_away=self._line.is_away,
             is_leaving=self._is_leaving(),
             works=tuple(works),
+            jobs=tuple(self._keeper.works()),
             units=sum(lane.tally.done for lane in self._lanes.values()),
             samples=sum(lane.tally.samples for lane in self._lanes.values()),
             applied=self._applied,
@@ -350,13 +420,23 @@ class Agent:
 
 
 def policies(settings: AgentSettings) -> list[LanePolicy]:
-    """The lanes of this worker: units for everybody, merges and tastes for the trusted."""
+    """The lanes of this worker: units for everybody, merges and tastes for the trusted; none where only jobs may run."""
     device, share = settings.device, settings.share
+    if settings.house.rules.accept == "jobs":
+        return []
     lanes = [LanePolicy("units", ("unit",), True, device, share, settings.once)]
     if settings.trusted:
         lanes.append(LanePolicy("merges", ("init", "merge"), False))
         lanes.append(LanePolicy("tastes", ("taste",), False, device))
     return lanes
+
+
+def house_of(settings: AgentSettings) -> House:
+    """Who came for one unit (`--once`) takes no jobs beside it."""
+    house = settings.house
+    if settings.once and house.rules.accept == "all":
+        return replace(house, rules=replace(house.rules, accept="pool"))
+    return house
 
 
 def threads_of(lane: str, settings: AgentSettings) -> int:

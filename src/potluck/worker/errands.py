@@ -117,6 +117,12 @@ class Errands:
         self._sending.add(entry.lease_id)
         self._outbox.put(folder)
 
+    @property
+    def child_pid(self) -> int | None:
+        """Of the child, while it lives."""
+        child = self._child
+        return None if child is None or child.wait(0) else child.pid
+
     def stop_asking(self) -> None:
         self._stopped.set()
 

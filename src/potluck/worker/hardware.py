@@ -6,16 +6,25 @@ only if its own library answers.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import shutil
 import sys
+import threading
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 
 from potluck import __version__
 from potluck.errors import BadInput
-from potluck.protocol import Hardware, Json
+from potluck.protocol import GpuNow, Hardware, Json, MachineNow
+
+FRESH_S = 2.0
+G = TypeVar("G")
 
 
 def detect() -> Hardware:
@@ -73,6 +82,126 @@ def usable_memory() -> int:
     return min(total, limit) if limit else total
 
 
+class Machine:
+    """What is free of this machine at the moment. Asked often, it looks at most every two seconds.
+
+    Memory that the pool's children hold counts as free: they end when a job comes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        pool: Callable[[], Collection[int]] = tuple,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder = folder  # jobs write there
+        self._pool = pool  # process ids
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._seen: MachineNow | None = None
+        self._seen_at = 0.0
+        self._nvml: Any = None
+        self._handles: list[tuple[int, Any, str]] | None = None
+
+    def now(self) -> MachineNow:
+        with self._lock:
+            if self._seen is None or self._clock() - self._seen_at >= FRESH_S:
+                self._seen, self._seen_at = self._look(), self._clock()
+            return self._seen
+
+    def _look(self) -> MachineNow:
+        pool = _with_children(self._pool())
+        total = usable_memory()
+        ours = 0
+        for pid in pool:
+            with contextlib.suppress(psutil.Error):
+                ours += psutil.Process(pid).memory_info().rss
+        try:
+            disk = shutil.disk_usage(self._folder).free
+        except OSError:
+            disk = 0
+        return MachineNow(
+            cpu_cores=usable_cores(),
+            memory_bytes=total,
+            memory_free_bytes=min(total, _memory_free() + ours),
+            disk_free_bytes=disk,
+            load=psutil.getloadavg()[0],
+            gpus=self._gpus(pool),
+            os={"darwin": "macos", "win32": "windows"}.get(sys.platform, "linux"),
+            arch={"amd64": "x86_64", "aarch64": "arm64"}.get(platform.machine().lower(), platform.machine().lower()),
+        )
+
+    def _gpus(self, pool: set[int]) -> list[GpuNow]:
+        """Those that this process may use, numbered as NVIDIA's library does (CUDA_DEVICE_ORDER=PCI_BUS_ID)."""
+        if self._handles is None:
+            self._handles = self._open()
+        found = []
+        for index, handle, name in self._handles:
+            try:
+                memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
+                ours = sum(
+                    process.usedGpuMemory or 0
+                    for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+                    if process.pid in pool
+                )
+            except self._nvml.NVMLError:
+                continue
+            free = min(int(memory.total), int(memory.free) + ours)
+            found.append(GpuNow(index, name, int(memory.total), free, *self._heat(handle)))
+        return found
+
+    def _heat(self, handle: Any) -> tuple[float, float | None]:
+        busy, temperature = 0.0, None
+        with contextlib.suppress(self._nvml.NVMLError):  # many laptops do not tell
+            busy = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+        with contextlib.suppress(self._nvml.NVMLError):
+            temperature = float(self._nvml.nvmlDeviceGetTemperature(handle, self._nvml.NVML_TEMPERATURE_GPU))
+        return busy, temperature
+
+    def _open(self) -> list[tuple[int, Any, str]]:
+        try:
+            import pynvml
+        except ImportError:
+            return []
+        try:
+            pynvml.nvmlInit()
+            self._nvml = pynvml
+            every = []
+            for index in range(pynvml.nvmlDeviceGetCount()):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                name = pynvml.nvmlDeviceGetName(handle)
+                every.append((index, handle, name.decode(errors="replace") if isinstance(name, bytes) else str(name)))
+            return _visible(every)
+        except (pynvml.NVMLError, OSError):
+            return []
+
+
+def _with_children(pids: Collection[int]) -> set[int]:
+    found = set(pids)
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            found.update(child.pid for child in psutil.Process(pid).children(recursive=True))
+    return found
+
+
+def _memory_free() -> int:
+    """Bytes that could be used now: of the machine, or of the container if it has less."""
+    free = int(psutil.virtual_memory().available)
+    if sys.platform != "linux":
+        return free
+    for folder in _cgroup_folders("memory"):
+        limit = next((t for n in ("memory.max", "memory.limit_in_bytes") if (t := _read(f"{folder}/{n}").strip())), "")
+        used = next(
+            (t for n in ("memory.current", "memory.usage_in_bytes") if (t := _read(f"{folder}/{n}").strip())), ""
+        )
+        if limit.isdecimal() and used.isdecimal():
+            stat = dict(line.split(" ", 1) for line in _read(f"{folder}/memory.stat").splitlines() if " " in line)
+            cached = stat.get("total_inactive_file", stat.get("inactive_file", "0")).strip()
+            free = min(free, max(0, int(limit) - int(used) + int(cached if cached.isdecimal() else 0)))
+    return free
+
+
 def _system() -> str:
     if sys.platform == "darwin":
         return f"macOS {platform.mac_ver()[0]}"
@@ -117,7 +246,7 @@ def _nvidia() -> list[dict[str, Json]]:
         pynvml.nvmlShutdown()
 
 
-def _visible(gpus: list[dict[str, Json]]) -> list[dict[str, Json]]:
+def _visible(gpus: list[G]) -> list[G]:
     """Those that CUDA_VISIBLE_DEVICES leaves, in its order, because that is how torch will count them."""
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
     if mask is None:

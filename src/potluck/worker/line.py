@@ -64,18 +64,24 @@ class Line:
         *,
         give_up: Callable[[], bool] = bool,
         also: tuple[type[PotluckError], ...] = (),
+        refusal: type[NotAllowed] = NotAllowed,
+        longest_wait_s: float | None = None,
     ) -> T:
-        """The hub's answer, however long it takes. `GivenUp` when `give_up()`; errors that will not pass are raised."""
-        ceiling_s = FIRST_WAIT_S
+        """The hub's answer, however long it takes. `GivenUp` when `give_up()`; errors that will not pass are raised.
+
+        `refusal`: what ends the agent. `NotKnown` where a no may concern only what was asked for, like a lease.
+        """
+        longest_s = self._longest_wait_s if longest_wait_s is None else min(longest_wait_s, self._longest_wait_s)
+        ceiling_s = min(FIRST_WAIT_S, longest_s)
         while True:
             if self.closed.is_set() or give_up():
                 raise GivenUp
             try:
                 answer = ask(self.hub)
-            except (NotAllowed, VersionMismatch) as error:
-                self._refused(error)
-                raise GivenUp from error
             except PotluckError as error:
+                if isinstance(error, refusal | VersionMismatch):
+                    self._refused(error)
+                    raise GivenUp from error
                 if not (is_passing(error) or isinstance(error, also)):
                     raise
                 if isinstance(error, HubUnreachable):
@@ -84,7 +90,7 @@ class Line:
                 self._back()
                 return answer
             self._wait(random.uniform(0.05, ceiling_s), give_up)
-            ceiling_s = min(2 * ceiling_s, self._longest_wait_s)
+            ceiling_s = min(2 * ceiling_s, longest_s)
 
     def _wait(self, seconds: float, give_up: Callable[[], bool]) -> None:
         until = time.monotonic() + seconds

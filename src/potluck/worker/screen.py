@@ -36,6 +36,7 @@ class Facts:
     is_away: bool = False
     is_leaving: bool = False
     works: tuple[Work, ...] = ()
+    jobs: tuple[str, ...] = ()
     units: int = 0
     samples: int = 0
     applied: int = 0  # credit, as the hub counts it
@@ -117,7 +118,9 @@ def draw(facts: Facts) -> Any:
         rows.add_row(Text(clean(work.name)), ProgressBar(total=1.0, completed=min(work.fraction, 1.0)), Text(speed))
         if losses:
             rows.add_row("", Text(losses, style="dim"), "")
-    if not facts.works:
+    for job in facts.jobs:
+        rows.add_row(Text(clean(job)), "", "")
+    if not facts.works and not facts.jobs:
         rows.add_row(Text("waiting for work", style="dim"), "", "")
     credit = Text(f"{facts.units:,} units · {facts.samples:,} samples trained · {facts.applied:,} in the shared model")
     state = (

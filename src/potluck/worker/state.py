@@ -46,6 +46,8 @@ from potluck.worker.words import (
     EndChild,
     Fetch,
     Fetched,
+    GoOn,
+    Hold,
     Instruction,
     LaneEvent,
     Leased,
@@ -63,8 +65,6 @@ from potluck.worker.words import (
     WatchRun,
 )
 
-RIPE = 0.7  # of a box: when the next unit is leased, so that its data is there in time
-SHORT_BOX_S = 1.5  # a box this short is over before its progress is heard of: lease the next at once
 STRIKES = 5  # failures in a row after which a run is left to other machines
 HAND_IN_S = 8.0  # what a leaving worker's child gets to hand in
 LEAVE_S = 10.0  # after so long a leaving worker goes; what is not sent stays in the spool
@@ -103,6 +103,7 @@ class Lane:
         self.ticked_at = now
         self.busy_at = now
         self.stopping_since: float | None = None
+        self.held_since: float | None = None
         self.over = False
         self.tally = Tally()
 
@@ -115,9 +116,14 @@ class Lane:
         """Every lease that is still ours to renew."""
         return [task.progress for task in self.tasks.values()]
 
+    def is_quiet(self) -> bool:
+        """Has it let go of the machine: nothing to compute, and no child that holds memory?"""
+        return self.over or (self.child == "absent" and not self._at_hand())
+
     def next_tick_s(self) -> float:
         """How long this lane can do without a `Tick`."""
-        return 0.1 if any(task.window_until for task in self.tasks.values()) or self.stopping_since else 0.5
+        hurry = self.stopping_since or self.held_since or any(task.window_until for task in self.tasks.values())
+        return 0.1 if hurry else 0.5
 
     # --- events
 
@@ -161,6 +167,11 @@ class Lane:
                 ]
             case Stop():
                 return self._stop(now)
+            case Hold():
+                return self._hold(now)
+            case GoOn():
+                self.held_since = None
+                return []
             case Tick():
                 return self._tick(now)
 
@@ -171,6 +182,8 @@ class Lane:
         self.tasks[lease.id] = task
         if self.stopping_since is not None:
             return self._give_back(task, "the worker is leaving")
+        if self.held_since is not None:
+            return self._give_back(task, "its worker has got a job to do")
         if lease.run_id in self.tired:
             self.ask_at = now + 30.0
             return self._give_back(task, f"tasks of {lease.run_id} fail on this machine")
@@ -257,7 +270,7 @@ class Lane:
         wishes: list[Instruction] = [Say(f"the training process ended: {reason}", bad=True)]
         blamed = self.working() or next((t for t in self.tasks.values() if t.stage is Stage.TOLD), None)
         if blamed is None and self.deaths >= 3:  # it cannot even start: do not sit on other people's work
-            blamed = next((t for t in self.tasks.values() if t.stage is not Stage.SENDING), None)
+            blamed = next(iter(self._at_hand()), None)
         if blamed is not None:
             wishes += self._fail(blamed, reason, "died", now)
         for task in [t for t in self.tasks.values() if t.stage is Stage.TOLD]:
@@ -293,7 +306,7 @@ class Lane:
             self.tired.add(run)
             text = f"{strikes} tasks of {run} in a row failed here: this machine leaves that run to others from now on"
             wishes.append(Say(text, bad=True))
-            for other in [t for t in self.tasks.values() if t.lease.run_id == run and t.stage is not Stage.SENDING]:
+            for other in [t for t in self._at_hand() if t.lease.run_id == run]:
                 wishes += self._give_back(other, f"tasks of {run} fail on this machine")
         return [*wishes, *(self._stop(now) if self.policy.once else [])]
 
@@ -324,11 +337,20 @@ class Lane:
         if self.stopping_since is not None:
             return []
         self.stopping_since = now
-        wishes: list[Instruction] = []
-        for task in reversed(list(self.tasks.values())):  # the queued one first, so that it does not begin
-            if task.stage is not Stage.SENDING:
-                wishes += self._hand_in(task.lease.id)
-        return wishes
+        return self._hand_in_all()
+
+    def _hold(self, now: float) -> list[Instruction]:
+        if self.held_since is not None or self.stopping_since is not None:
+            return []
+        self.held_since = now
+        return self._hand_in_all()
+
+    def _hand_in_all(self) -> list[Instruction]:
+        queued_first = reversed(self._at_hand())  # so that the queued one does not begin
+        return [wish for task in queued_first for wish in self._hand_in(task.lease.id)]
+
+    def _at_hand(self) -> list[Task]:
+        return [task for task in self.tasks.values() if task.stage is not Stage.SENDING]
 
     # --- time
 
@@ -339,8 +361,11 @@ class Lane:
         self.ticked_at = now
         wishes: list[Instruction] = []
         if self.stopping_since is not None and now > self.stopping_since + HAND_IN_S:
-            for task in [t for t in self.tasks.values() if t.stage is not Stage.SENDING]:
+            for task in self._at_hand():
                 wishes += self._give_back(task, "the worker left before this was ready")
+        elif self.held_since is not None and now > self.held_since + HAND_IN_S:
+            for task in self._at_hand():
+                wishes += self._give_back(task, "its worker had to begin a job before this was ready")
         at_hand = [t for t in self.tasks.values() if t.stage in (Stage.TOLD, Stage.WORKING)]
         if not at_hand and self.child != "starting":
             self.heard_at = now
@@ -374,6 +399,7 @@ class Lane:
         wishes: list[Instruction] = []
         rules: list[Callable[[float], list[Instruction]]] = [
             self._leave,
+            self._make_room,
             self._start_child,
             self._tell_next,
             self._rebase,
@@ -389,10 +415,16 @@ class Lane:
         if self.stopping_since is None:
             return []
         unsent = bool(self.tasks) and now < self.stopping_since + LEAVE_S
-        if unsent or any(task.stage is not Stage.SENDING for task in self.tasks.values()):
+        if unsent or self._at_hand():
             return []
         self.over = True
         return [*self._end_child(gently=True), WatchRun(None), Over()]
+
+    def _make_room(self, now: float) -> list[Instruction]:
+        """Held, the child ends as soon as it has handed in: what it has in memory, a job may need."""
+        if self.held_since is None or self._at_hand():
+            return []
+        return self._end_child(gently=True)
 
     def _start_child(self, now: float) -> list[Instruction]:
         waiting = any(task.stage in (Stage.FETCHING, Stage.FETCHED) for task in self.tasks.values())
@@ -485,19 +517,14 @@ class Lane:
         return [wanted]
 
     def _ask(self, now: float) -> list[Instruction]:
-        if self.asking or self.stopping_since is not None or now < self.ask_at or len(self.tasks) >= 2:
+        if self.asking or self.stopping_since is not None or self.held_since is not None:
+            return []
+        if now < self.ask_at or len(self.tasks) >= 2:
             return []
         if self.child == "absent" and now < self.restart_at:
             return []
-        at_hand = [task for task in self.tasks.values() if task.stage is not Stage.SENDING]
-        if at_hand and not (self.policy.ahead and not self.policy.once and self._is_ripe(at_hand[0], now)):
+        at_hand = self._at_hand()
+        if at_hand and not (self.policy.ahead and not self.policy.once and at_hand[0].is_ripe(now)):
             return []
         self.asking, self.asked_at = True, now
         return [AskLease(self.policy.kinds, dict(self.rates), tuple(sorted(self.tired)))]
-
-    def _is_ripe(self, task: Task, now: float) -> bool:
-        """Will the unit at work soon be over?"""
-        if task.stage is not Stage.WORKING or task.asked_in:
-            return False
-        short = 0 < task.box_s <= SHORT_BOX_S
-        return short or task.fraction >= RIPE or now - task.started_at >= RIPE * task.box_s > 0

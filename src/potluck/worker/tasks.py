@@ -8,6 +8,9 @@ from enum import Enum
 from potluck.protocol import Lease, Progress
 from potluck.worker.orders import Parts
 
+RIPE = 0.7  # of a box: when the next unit is leased, so that its data is there in time
+SHORT_BOX_S = 1.5  # a box this short is over before its progress is heard of: lease the next at once
+
 
 class Stage(Enum):
     FETCHING = "fetching"
@@ -34,6 +37,13 @@ class Task:
     @property
     def name(self) -> str:
         return f"{self.lease.kind} {self.lease.task_id} of {self.lease.run_id}"
+
+    def is_ripe(self, now: float) -> bool:
+        """Will the unit at work soon be over?"""
+        if self.stage is not Stage.WORKING or self.asked_in:
+            return False
+        short = 0 < self.box_s <= SHORT_BOX_S
+        return short or self.fraction >= RIPE or now - self.started_at >= RIPE * self.box_s > 0
 
 
 @dataclass(frozen=True)

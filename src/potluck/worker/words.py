@@ -76,11 +76,24 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Hold:
+    """The machine has a job: hand in what is at work, free the memory, and lease no more until `GoOn`."""
+
+
+@dataclass(frozen=True)
+class GoOn:
+    """The machine is the lane's again."""
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed."""
 
 
-LaneEvent = Leased | NoWork | Fetched | NotFetched | ChildSaid | ChildDied | Reported | NewVersion | Beat | Stop | Tick
+LaneEvent = (
+    Leased | NoWork | Fetched | NotFetched | ChildSaid | ChildDied | Reported | NewVersion | Beat
+    | Stop | Hold | GoOn | Tick
+)  # fmt: skip
 
 
 # --- instructions: what to do about it

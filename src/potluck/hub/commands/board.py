@@ -1,10 +1,12 @@
-"""What is there to see at a glance? The list of runs in one statement, however many there are."""
+"""What is there to see at a glance? The list of runs and of jobs in one statement, however many there are."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from potluck.hub.commands.desk import Desk
+from potluck.domain.resources import Demand, describe
+from potluck.hub.commands.desk import Desk, as_type
 
 LIVE = ("running", "finishing", "paused", "queued")
 """States of a run that is not over, the liveliest first."""
@@ -61,3 +63,55 @@ async def briefs(desk: Desk, limit: int = 20) -> list[RunBrief]:
         )
         for row in rows
     ]
+
+
+# --- jobs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JobLine:
+    """A job as one line of a list: what everybody may know of it."""
+
+    id: str
+    name: str
+    state: str
+    owner: str  # the person's name
+    needs: str
+    priority: int
+    worker: str
+    exit_code: int | None
+    created_at: str
+    queued_at: str
+    started_at: str | None
+    ended_at: str | None
+
+
+async def job_lines(desk: Desk, *, ids: Sequence[str] = (), at_work: int = 0, ended: int = 0) -> list[JobLine]:
+    """The jobs of these ids, and so many of those that are at work and of those that ended last; the newest first."""
+    async with desk.ledger.transaction() as tx:
+        rows = await tx.rows("job_lines", ids=list(ids), at_work=at_work, ended=ended)
+    return [
+        JobLine(
+            id=row["id"],
+            name=row["name"],
+            state=row["state"],
+            owner=row["owner"],
+            needs=describe(as_type(row["needs"], Demand)),
+            priority=row["priority"],
+            worker=row["worker"],
+            exit_code=row["exit_code"],
+            created_at=row["created_at"].isoformat(),
+            queued_at=row["queued_at"].isoformat(),
+            started_at=row["started_at"].isoformat() if row["started_at"] else None,
+            ended_at=row["ended_at"].isoformat() if row["ended_at"] else None,
+        )
+        for row in rows
+    ]
+
+
+async def job_counts(desk: Desk) -> tuple[int, int]:
+    """How many jobs wait, and how many are at work."""
+    async with desk.ledger.transaction() as tx:
+        row = await tx.row("job_counts")
+    assert row is not None
+    return row["waiting"], row["at_work"]

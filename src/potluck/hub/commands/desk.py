@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import secrets
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
 
 from potluck.blobs import BlobStore
+from potluck.hub.commands.facts import Forecast
 from potluck.hub.store import Ledger, Transaction
+from potluck.hub.store.logs import LogStore
+from potluck.hub.store.secrets import SecretBox
 from potluck.protocol import Blob, Json
 
 T = TypeVar("T")
@@ -45,26 +51,40 @@ class News:
 
     async def wait(self, ticket: tuple[str, int], timeout_s: float) -> bool:
         """True when there was news since the ticket was taken, False after `timeout_s`."""
-        topic, seen = ticket
-        if self._count[topic] != seen:
+        return await self.wait_any((ticket,), timeout_s)
+
+    async def wait_any(self, tickets: Sequence[tuple[str, int]], timeout_s: float) -> bool:
+        """Like `wait`, for whichever of several topics has news first."""
+        if any(self._count[topic] != seen for topic, seen in tickets):
             return True
         future = asyncio.get_running_loop().create_future()
-        self._waiting[topic].add(future)
+        for topic, _ in tickets:
+            self._waiting[topic].add(future)
         try:
             async with asyncio.timeout(timeout_s):  # wait_for would swallow a cancel that comes with the news
                 await future
         except TimeoutError:
             return False
         finally:
-            self._waiting[topic].discard(future)
-            if not self._waiting[topic]:
-                del self._waiting[topic]
+            for topic, _ in tickets:
+                self._waiting[topic].discard(future)
+                if not self._waiting[topic]:
+                    del self._waiting[topic]
         return True
+
+
+@dataclass
+class Memory:
+    """What a hub process remembers and could forget at any moment without harm."""
+
+    forecast: Forecast | None = None
+    told: dict[tuple[str, str], float] = field(default_factory=dict)
+    """(worker, lease) → when it was told to end or drop it, by the loop's clock: not again at every breath."""
 
 
 @dataclass(frozen=True)
 class Desk:
-    """One hub process: its ledger, its blobs, its news."""
+    """One hub process: its ledger, its blobs, its jobs' logs, the key to its secrets, its news."""
 
     ledger: Ledger
     blobs: BlobStore
@@ -73,6 +93,17 @@ class Desk:
     fingerprint: str = ""
     lease_ttl_s: float = 15.0
     news: News = field(default_factory=News)
+    memory: Memory = field(default_factory=Memory)
+
+    @cached_property
+    def logs(self) -> LogStore:
+        """What jobs print; beside the blobs."""
+        return LogStore(self.blobs.root.parent / "logs")
+
+    @cached_property
+    def keys(self) -> SecretBox:
+        """What people's secrets are sealed with; its key is beside the blobs, not in the ledger."""
+        return SecretBox(self.blobs.root.parent / "secrets.key")
 
 
 @dataclass(frozen=True)
@@ -109,8 +140,31 @@ def new_id(length: int = 5) -> str:
     return base64.b32encode(secrets.token_bytes(length)).decode().lower().rstrip("=")[:length]
 
 
+async def new_run_id(tx: Transaction, name: str, otherwise: str) -> str:
+    """`name` as an address takes it, and some letters; short, because people type it, and not in use yet."""
+    # an id goes into addresses and commands: letters, digits and hyphens only
+    stem = re.sub(r"[^a-z0-9]+", "-", name.lower())[:20].strip("-") or otherwise
+    while await tx.row("run", run_id=(run_id := f"{stem}-{new_id()}")) is not None:
+        pass  # among ten thousand ids of five letters two are the same now and then
+    return run_id
+
+
 async def note(
     tx: Transaction, kind: str, subject: str, text: str, *, run_id: str | None = None, actor: str = ""
 ) -> None:
     """Write an event: one sentence that the page and `potluck why` show."""
     await tx.run("add_event", kind=kind, subject=subject, run_id=run_id, actor=actor, text=text)
+
+
+async def spread(tx: Transaction, topic: str, ids: Iterable[str]) -> None:
+    """Tell other hub copies `topic:id` for each id when this transaction commits; many ids in one notification."""
+    rest = sorted(set(ids))
+    while rest:  # PostgreSQL takes 8,000 bytes in one
+        await tx.notify(f"{topic}:{','.join(rest[:200])}")
+        rest = rest[200:]
+
+
+def pass_on(desk: Desk, topic: str, ids: Iterable[str]) -> None:
+    """The same inside this process, at once."""
+    for id_ in set(ids):
+        desk.news.tell(f"{topic}:{id_}")

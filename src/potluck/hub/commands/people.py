@@ -11,6 +11,7 @@ from typing import Any
 from potluck.domain.access import ROLES
 from potluck.domain.names import clean_name, unique_name
 from potluck.errors import BadInput, NotAllowed, NotFound, NotKnown, VersionMismatch
+from potluck.hub.commands import attempts
 from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, fair_share, new_id, note
 from potluck.protocol import (
     OLDEST_PROTOCOL,
@@ -27,7 +28,7 @@ from potluck.protocol import (
 _CODE_LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # none that look alike on a projector
 
 
-def _sha256(text: str) -> str:
+def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -48,14 +49,14 @@ def check_protocol(theirs: int) -> None:
 async def put_admin(desk: Desk, token: str) -> None:
     """Let the bearer of `token` be the admin. Called once a start; the token is in the hub's own folder."""
     async with desk.ledger.transaction() as tx:
-        await tx.run("put_admin", token_sha256=_sha256(token), subject=f"admin-{_sha256(token)[:8]}")
+        await tx.run("put_admin", token_sha256=sha256(token), subject=f"admin-{sha256(token)[:8]}")
 
 
 async def authenticate(desk: Desk, token: str) -> Caller:
     if not token:
         raise NotKnown("this needs a credential: join with a link, or set POTLUCK_TOKEN")
     async with desk.ledger.transaction() as tx:
-        row = await tx.row("credential", token_sha256=_sha256(token))
+        row = await tx.row("credential", token_sha256=sha256(token))
     if row is None:
         raise NotKnown("this hub does not know this credential: join again with a fresh link")
     if row["revoked"]:
@@ -80,7 +81,7 @@ async def invite(desk: Desk, request: InviteRequest, *, actor: str) -> InviteAns
         row = await tx.row(
             "add_invite",
             id=id_,
-            code_sha256=_sha256(code),
+            code_sha256=sha256(code),
             role=request.role,
             trusted=request.trusted,
             name=clean_name(request.name, ""),
@@ -102,7 +103,7 @@ async def invites(desk: Desk) -> list[dict[str, Any]]:
 async def peek_invite(desk: Desk, code: str) -> dict[str, Any] | None:
     """What the page behind a link may say about it without using it."""
     async with desk.ledger.transaction() as tx:
-        return await tx.row("peek_invite", code_sha256=_sha256(code))
+        return await tx.row("peek_invite", code_sha256=sha256(code))
 
 
 async def revoke_invite(desk: Desk, id_: str, *, actor: str) -> None:
@@ -115,6 +116,9 @@ async def revoke_invite(desk: Desk, id_: str, *, actor: str) -> None:
             await _take_leases(tx, subject, "its link was revoked")
         await note(tx, "invite.revoked", id_, f"{actor} revoked the link {id_}", actor=actor)
         await tx.notify("work")
+    for subject in row["subjects"] or []:
+        await attempts.take_back(desk, subject, "its worker's link was revoked")
+        desk.news.tell(f"orders:{subject}")
 
 
 async def join(desk: Desk, request: JoinRequest) -> JoinAnswer:
@@ -123,7 +127,7 @@ async def join(desk: Desk, request: JoinRequest) -> JoinAnswer:
     if not re.fullmatch(r"[0-9a-f]{64}", request.token_sha256):
         raise BadInput("token_sha256 must be 64 hexadecimal digits")
     async with desk.ledger.transaction() as tx:
-        link = await tx.row("use_invite", code_sha256=_sha256(request.code))
+        link = await tx.row("use_invite", code_sha256=sha256(request.code))
         if link is None:
             raise NotAllowed("this hub never gave this link: copy it again, whole, or ask for a fresh one")
         if link["verdict"] != "ok":
@@ -135,7 +139,7 @@ async def join(desk: Desk, request: JoinRequest) -> JoinAnswer:
             raise NotAllowed(f"this link {detail}: ask for a fresh one (`potluck invite`)")
         role = link["role"]
         wanted = clean_name(request.name, "") or link["name"] or clean_name(request.hardware.hostname, role)
-        subject = f"{role[0]}-{new_id()}"
+        subject = f"{role[0]}-{new_id(10)}"  # nobody types it, and thousands may join
         name = wanted
         if role == "worker":
             taken = await tx.rows(
@@ -174,6 +178,8 @@ async def revoke_worker(desk: Desk, ref: str, *, actor: str) -> str:
         await _take_leases(tx, row["id"], "the worker was revoked")
         await note(tx, "worker.revoked", row["id"], f"{actor} revoked {row['name']}", actor=actor)
         await tx.notify("work")
+    await attempts.take_back(desk, row["id"], "its worker was revoked")
+    desk.news.tell(f"orders:{row['id']}")
     return str(row["name"])
 
 
@@ -190,10 +196,13 @@ async def _take_leases(tx: Any, worker_id: str, reason: str) -> None:
         )
 
 
-async def workers(desk: Desk, *, totals: bool = True) -> list[WorkerView]:
-    """Without `totals` the fates and units stay 0: they cost a walk through every update that there ever was."""
+async def workers(desk: Desk, *, totals: bool = True, only: str | None = None) -> list[WorkerView]:
+    """All of them, or `only` the one with this id.
+
+    Without `totals` the fates and units stay 0: they cost a walk through every update that there ever was.
+    """
     async with desk.ledger.transaction() as tx:
-        rows = await tx.rows("workers")
+        rows = await tx.rows("workers", only=only)
         sums = {row["worker_id"]: row for row in await tx.rows("worker_totals")} if totals else {}
     return [_worker_view(row, sums.get(row["id"], {})) for row in rows]
 
@@ -207,12 +216,15 @@ def _worker_view(row: dict[str, Any], totals: dict[str, Any]) -> WorkerView:
     elif state != "left" and not row["present"]:
         state = "away"
     elif state != "left":
-        state = "working" if row["kind"] else "idle"
+        state = "working" if row["kind"] or row["jobs"] else "idle"
     doing = ""
     if row["kind"] and state == "working":
         doing = f"{row['kind']} {row['task_id']} of {row['doing_run']}"
         if row["doing_of"]:
             doing += f", {row['doing_samples']:,} samples"
+    jobs = [_place(each) for each in row["jobs"] or []]
+    if not doing and jobs and state == "working":
+        doing = ", ".join(jobs)
     return WorkerView(
         id=row["id"],
         name=row["name"],
@@ -227,4 +239,17 @@ def _worker_view(row: dict[str, Any], totals: dict[str, Any]) -> WorkerView:
         samples_per_s=float(row["rate"] or 0) if state == "working" else 0.0,
         fates=Fates(handed_out=sum(counts.values()), **counts),
         units=int(totals.get("units", 0)),
+        owner=row["owner_name"],
+        labels=row["all_labels"],
+        rules=row["rules"],
+        executors=row["executors"],
+        machine=row["machine"],
+        draining=row["draining_at"] is not None,
+        jobs=jobs,
     )
+
+
+def _place(job: dict[str, Any]) -> str:
+    """A job, and which part of the machine is its."""
+    gpus = [str(index) for index in job["gpus"]]
+    return str(job["name"]) + (f" on gpu {', '.join(gpus)}" if gpus else "")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import contextlib
 from datetime import datetime
 
 from potluck.domain.names import clean_name
 from potluck.domain.pool import PoolSettings
 from potluck.errors import BadInput, Conflict, NotFound
-from potluck.hub.commands.desk import Desk, as_blob, as_json, as_type, new_id, note
+from potluck.hub.commands import jobs
+from potluck.hub.commands.desk import Caller, Desk, as_blob, as_json, as_type, new_run_id, note
 from potluck.hub.commands.rounds import cancel_all, merge_policy, version_of
 from potluck.hub.store import Transaction
 from potluck.protocol import (
@@ -54,9 +55,7 @@ async def create(desk: Desk, request: RunRequest, *, actor: str, key: str | None
         known = {row["hash"] for row in await tx.rows("blobs_known", hashes=wanted)}
         if missing := [hash_[:12] for hash_ in wanted if hash_ not in known]:
             raise BadInput(f"upload these first: {', '.join(missing[:5])}")
-        # an id goes into addresses and commands: letters, digits and hyphens only
-        stem = re.sub(r"[^a-z0-9]+", "-", request.recipe.name.lower())[:20].strip("-") or "run"
-        run_id = f"{stem}-{new_id(4)}"
+        run_id = await new_run_id(tx, request.recipe.name, "run")
         added = await tx.run(
             "add_run",
             id=run_id,
@@ -266,10 +265,21 @@ async def curve(desk: Desk, ref: str) -> list[Curve]:
     ]
 
 
-async def events(desk: Desk, *, after: int = 0, ref: str | None = None, limit: int = 200) -> list[Event]:
+async def events(
+    desk: Desk, *, after: int = 0, ref: str | None = None, limit: int = 200, caller: Caller = jobs.NOBODY
+) -> list[Event]:
+    """What happened, of one run or job or of all. Of other people's jobs only that it did."""
     async with desk.ledger.transaction() as tx:
-        run_id = await find(tx, ref) if ref else None
-        rows = await tx.rows("events", after=after, run_id=run_id, limit=min(max(limit, 1), 1000))
+        run_id = await _find_any(tx, ref, caller) if ref else None
+        if ref and run_id is None:
+            raise NotFound(f"there is no run or job `{ref}`: `potluck ps` shows them")
+        rows = await tx.rows(
+            "events",
+            after=after,
+            run_id=run_id,
+            limit=min(max(limit, 1), 1000),
+            viewer=None if caller.role == "admin" else caller.subject,
+        )
     return [Event(r["id"], r["at"].isoformat(), r["kind"], r["subject"], r["text"], r["actor"]) for r in rows]
 
 
@@ -308,16 +318,35 @@ async def chain(desk: Desk, run_id: str, after: int) -> list[Version]:
     return found
 
 
-async def why(desk: Desk, ref: str) -> Why:
-    """One sentence about a run, worker or task, and what would help."""
+async def _find_any(tx: Transaction, ref: str, caller: Caller) -> str | None:
+    """A run or a job: by its whole id first; else whichever is the newer of the two that the words fit."""
+    found = []
+    if row := await tx.row("find_run", ref=ref):
+        found.append(str(row["id"]))
+    with contextlib.suppress(NotFound):
+        found.append(await jobs.find(tx, ref, caller))
+    if len(found) == 2:
+        newest = await tx.row("newest_of", ids=found, ref=ref)
+        assert newest is not None
+        return str(newest["id"])
+    return found[0] if found else None
+
+
+async def why(desk: Desk, ref: str, *, caller: Caller = jobs.NOBODY) -> Why:
+    """One sentence about a run, job, worker or task, and what would help."""
     async with desk.ledger.transaction() as tx:
-        row = await tx.row("find_run", ref=ref)
-        if row is not None:
-            return await _why_run(tx, str(row["id"]))
-        notes = [r for r in await tx.rows("events", after=0, run_id=None, limit=1000) if r["subject"] == ref]
+        run_id = await _find_any(tx, ref, caller)
+        job = run_id is not None and await tx.row("job_by_id", ref=run_id) is not None
+        if run_id is not None and not job:
+            return await _why_run(tx, run_id)
+        viewer = None if caller.role == "admin" else caller.subject
+        rows = [] if job else await tx.rows("events", after=0, run_id=None, limit=1000, viewer=viewer)
+        notes = [row for row in rows if row["subject"] == ref]
+    if run_id is not None:
+        return await jobs.why(desk, caller, run_id)
     if notes:
         return Why(ref, notes[-1]["text"])
-    raise NotFound(f"there is no run, worker or task `{ref}`, or nothing ever happened to it")
+    raise NotFound(f"there is no run, job, worker or task `{ref}`, or nothing ever happened to it")
 
 
 async def _why_run(tx: Transaction, run_id: str) -> Why:

@@ -17,6 +17,7 @@ from potluck.domain.pool import (
 )
 from potluck.domain.tensorfile import check_update
 from potluck.errors import BadInput, BadUpdate, NotFound
+from potluck.hub.commands import attempts
 from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, fair_share, note
 from potluck.hub.store import Transaction
 from potluck.hub.store.positions import joined, span, to_multirange, to_positions
@@ -180,6 +181,8 @@ async def report(desk: Desk, caller: Caller, lease_id: str, report: Report) -> R
         )
     if facts["worker_id"] != caller.subject:
         return ReportAnswer(False, "this lease belongs to another worker")
+    if facts["kind"] == "command":
+        raise BadInput("this is the lease of a job: report its end to /leases/{id}/end")
     if report.outcome == "done":
         if facts["kind"] == "unit":
             answer = await _take_unit(desk, caller, id_, facts, report)
@@ -497,6 +500,8 @@ async def leave(desk: Desk, caller: Caller) -> None:
             )
         await note(tx, "worker.left", caller.subject, f"{caller.name} left", actor=caller.name)
         await tx.notify("work")
+    await attempts.take_back(desk, caller.subject, "its worker left")
+    desk.news.tell("place")
     desk.news.tell("change")
 
 

@@ -1,21 +1,30 @@
-"""The first page: what runs, who helps, how well it goes, live.
+"""The pages: what runs, who helps, how well it goes, live; and a way to give jobs to do without a terminal.
 
-    words     numbers as people read them         charts    series as drawings
-    regions   facts in, pieces of HTML out        live      one rendering for all viewers, sent as it changes
-    pages     routes, roles, the way in by a link
+    words     numbers as people read them         charts, figures   series as drawings
+    regions   facts of runs in, pieces of HTML    jobviews          the facts of jobs and machines
+    views     which page shows what, to whom      live              one rendering for all viewers, sent as it changes
+    answers   headers, frame, refusals            session           coming in by a link or a credential, leaving
+    pages     routes of runs                      jobs, submit      routes of jobs and machines, of the form
+    folders   what of a folder belongs to a job   unzip             an archive from a stranger, opened with care
 
-Rendered here, so it works without a script; the script (assets/page.js) only swaps in newer pieces.
+Rendered here, so it works without a script; the scripts (assets/) swap in newer pieces, follow a log, send a folder.
 """
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
-from potluck.hub.dashboard import live, pages
+from potluck.hub.dashboard import jobs, live, pages, session, submit
+
+
+def routers() -> list[APIRouter]:
+    return [pages.router, session.router, jobs.router, submit.router, submit.pieces]
 
 
 def install(app: FastAPI) -> None:
-    """Pages, their live stream and the link pages."""
+    """Pages, their live stream, the link pages and the form."""
     app.state.board = live.Board(app.state.desk)
-    app.include_router(pages.router)
+    app.state.patience = session.Patience()
+    for router in routers():
+        app.include_router(router)
 
 
-__all__ = ["install"]
+__all__ = ["install", "routers"]

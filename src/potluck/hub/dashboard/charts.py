@@ -41,9 +41,15 @@ class Chart:
 
 
 def chart(
-    title: str, series: dict[str, Points], *, show: Callable[[float], str] = words.short, ticks: int = 4
+    title: str,
+    series: dict[str, Points],
+    *,
+    show: Callable[[float], str] = words.short,
+    ticks: int = 4,
+    x_name: str = "samples trained",
+    over: Callable[[float], str] = lambda x: f"over {words.short(x)} samples",
 ) -> Chart | None:
-    """Lines over samples; None when there is nothing to draw. Values that are not finite are left out."""
+    """Lines over samples (or `x_name`); None when there is nothing to draw. Values that are not finite are left out."""
     kept = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()
     }
@@ -59,7 +65,7 @@ def chart(
     frame = _Frame(x_low, x_high, y_ticks[0], y_ticks[-1])
     return Chart(
         title=title,
-        text="; ".join(_sentence(name, points, show) for name, points in kept.items()),
+        text="; ".join(_sentence(name, points, show, over) for name, points in kept.items()),
         lines=[
             Line(name, frame.path(points), frame.dot(points[-1]), show(points[-1][1]))
             for name, points in thinned.items()
@@ -69,7 +75,7 @@ def chart(
         if x_high > x_low
         else [words.short(x_high)],
         y_ticks=[show(tick).replace(".0 %", " %") for tick in reversed(y_ticks)],
-        x_name="samples trained",
+        x_name=x_name,
     )
 
 
@@ -95,12 +101,12 @@ def metric(name: str, tastes: Sequence[Taste]) -> Chart | None:
     return chart(name, {name: points}, show=lambda value: words.figure(name, value), ticks=2)
 
 
-def _sentence(name: str, points: Points, show: Callable[[float], str]) -> str:
+def _sentence(name: str, points: Points, show: Callable[[float], str], over: Callable[[float], str]) -> str:
     if len(points) == 1:
         return f"{name} is {show(points[0][1])}"
     values = [y for _, y in points]
     return (
-        f"{name} went from {show(values[0])} to {show(values[-1])} over {words.short(points[-1][0])} samples, "
+        f"{name} went from {show(values[0])} to {show(values[-1])} {over(points[-1][0])}, "
         f"between {show(min(values))} and {show(max(values))}"
     )
 
@@ -139,7 +145,7 @@ def thin(points: Points, most: int) -> list[tuple[float, float]]:
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Evenly spaced round numbers, some `about` steps, that hold [low, high] between the first and the last."""
-    if not high > low:
+    if not high - low > 1e-9 * max(abs(low), abs(high)):  # nearer than that, the ticks would be one and the same number
         room = abs(high) / 2 or 1.0
         low, high = low - room, high + room
     rough = (high - low) / about

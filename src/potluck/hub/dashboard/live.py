@@ -2,7 +2,7 @@
 
     desk.news "change" ─► every viewer wakes ─► Channel.frame: the first renders, the others wait for it and share it
 
-A `Channel` is one page that is being looked at: the overview, or one run. It keeps the newest `Frame`, and in it the
+A `Channel` is one page that is being looked at: the overview, one run, the queue. It keeps the newest `Frame`, in it the
 message, ready as bytes, that takes a viewer from an earlier frame to this one: only the regions that differ. A channel
 rests at least `PAUSE_S` between frames, and five times as long as a frame took to make, so that no crowd and no long
 history can take the hub away from its workers.
@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from potluck.errors import PotluckError, TryLater
 from potluck.hub.commands.desk import Desk
-from potluck.hub.dashboard import regions
+from potluck.hub.dashboard import views
 from potluck.telemetry import logger
 
 log = logger("hub.dashboard")
@@ -63,12 +63,12 @@ class Frame:
 class Channel:
     """One page and its newest frame."""
 
-    def __init__(self, desk: Desk, run_id: str) -> None:
-        self.desk, self.run_id = desk, run_id
+    def __init__(self, desk: Desk, key: str) -> None:
+        self.desk, self.view = desk, views.make(key)
         self.renders = 0
-        self._names = regions.ONE_RUN if run_id else regions.OVERVIEW
         self._word = secrets.token_hex(4)
         self._frame: Frame | None = None
+        self._is_spoiled = False
         self._trouble: tuple[float, str] | None = None
         self._pause_s = PAUSE_S
         self._lock = asyncio.Lock()
@@ -76,10 +76,14 @@ class Channel:
     async def now(self) -> Frame:
         """A frame for somebody who has just come: at most a pause old, and without waiting for one."""
         async with self._lock:
-            if self._frame is None or _clock() - self._frame.at > self._pause_s:
+            if self._frame is None or self._is_spoiled or _clock() - self._frame.at > self._pause_s:
                 await self._draw()
             assert self._frame is not None
             return self._frame
+
+    def spoil(self) -> None:
+        """Whoever comes next has just changed something, and wants to see that it did."""
+        self._is_spoiled = True
 
     async def frame(self, news: int) -> Frame:
         """A frame that knows of `news`, as soon as the pause since the last one is over."""
@@ -96,24 +100,34 @@ class Channel:
         word, _, number = frame_id.partition("-")
         return int(number) if word == self._word and number.isascii() and number.isdecimal() else -1
 
+    def news(self) -> int:
+        """How much has been told so far about what this page shows."""
+        return sum(self.desk.news.ticket(topic)[1] for topic in self.view.topics)
+
+    async def wait(self, news: int, timeout_s: float) -> None:
+        """Until there is more than that, or the time is over."""
+        tickets = [self.desk.news.ticket(topic) for topic in self.view.topics]
+        if sum(number for _, number in tickets) == news:
+            await self.desk.news.wait_any(tickets, timeout_s)
+
     async def _draw(self) -> Frame:
         began = _clock()
         if self._trouble and began - self._trouble[0] < 2:
             raise TryLater(self._trouble[1])  # one viewer's failed attempt is an answer for all
-        ticket = self.desk.news.ticket("change")
+        news = self.news()
+        self._is_spoiled = False
         try:
-            facts = await regions.gather(self.desk, self.run_id)
+            drawn = await self.view.draw(self.desk)
         except TryLater as error:
             self._trouble = (_clock(), str(error))
             raise
-        drawn = regions.render(facts, self._names)
         old, self.renders = self._frame, self.renders + 1
         number = self.renders
         changed = {
             name: old.changed[name] if old and old.regions[name] == html else number for name, html in drawn.items()
         }
         self._trouble = None
-        self._frame = Frame(f"{self._word}-{number}", number, drawn, changed, ticket[1], _clock())
+        self._frame = Frame(f"{self._word}-{number}", number, drawn, changed, news, _clock())
         self._pause_s = max(PAUSE_S, (_clock() - began) / RENDER_SHARE)
         return self._frame
 
@@ -125,13 +139,18 @@ class Board:
         self.desk = desk
         self._channels: OrderedDict[str, Channel] = OrderedDict()
 
-    def channel(self, run_id: str) -> Channel:
-        """`run_id` is one that exists, or "" for the overview."""
-        found = self._channels.setdefault(run_id, Channel(self.desk, run_id))
-        self._channels.move_to_end(run_id)
+    def channel(self, key: str) -> Channel:
+        """`key` is one that views.py makes: "" for the overview, a run's id, and others."""
+        found = self._channels.get(key) or self._channels.setdefault(key, Channel(self.desk, key))
+        self._channels.move_to_end(key)
         if len(self._channels) > MOST_CHANNELS:
             self._channels.popitem(last=False)
         return found
+
+    def spoil(self) -> None:
+        """Somebody pressed something: the next page that is asked for is drawn anew."""
+        for channel in self._channels.values():
+            channel.spoil()
 
 
 async def stream(channel: Channel, have: str, welcome: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
@@ -142,14 +161,14 @@ async def stream(channel: Channel, have: str, welcome: Callable[[], Awaitable[bo
     recheck_s = RECHECK_S * random.uniform(0.7, 1.3)
     yield b"retry: %d\n\n" % RETRY_MS
     while not news.closed:
-        ticket = news.ticket("change")
+        known = channel.news()
         try:
             if _clock() - checked >= recheck_s:
                 checked = _clock()
                 if not await welcome():
                     yield b"event: bye\ndata: {}\n\n"
                     return
-            frame = await channel.frame(ticket[1])
+            frame = await channel.frame(known)
             if message := frame.message(number):
                 said = _clock()
                 yield message
@@ -160,7 +179,7 @@ async def stream(channel: Channel, have: str, welcome: Callable[[], Awaitable[bo
             said = _clock()
             yield b": still here\n\n"
         if not news.closed:  # it may have closed while we drew
-            await news.wait(ticket, STALE_S)
+            await channel.wait(known, STALE_S)
 
 
 def _clock() -> float:

@@ -16,28 +16,45 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
+from potluck.domain.access import MEMBERS
+from potluck.domain.job import ENDED
 from potluck.hub.commands import board, people, runs
 from potluck.hub.commands.board import LIVE, Point, RunBrief
 from potluck.hub.commands.desk import Desk
-from potluck.hub.dashboard import charts, words
+from potluck.hub.dashboard import charts, jobviews, words
 from potluck.protocol import Contribution, Event, RunView, Taste, Why, WorkerView
 
 MOST_TILES = 96
 MOST_ROWS = 60
 MOST_TASTES = 48
 MOST_EVENTS = 12
+MOST_FILES = 500
 HEADLINE_METRICS = ("accuracy", "distance", "fid", "loss")
 """The first of these that a run has is its score."""
 ASSETS = {
     "page.css": "text/css",
     "page.js": "text/javascript",
     "link.js": "text/javascript",
+    "log.js": "text/javascript",
+    "submit.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
 
-OVERVIEW = ("head", "stats", "samples", "score", "losses", "fates", "workers", "contributions", "events", "runs")
+OVERVIEW = (
+    "head",
+    "stats",
+    "samples",
+    "score",
+    "losses",
+    "fates",
+    "jobs",
+    "workers",
+    "contributions",
+    "events",
+    "runs",
+)
 ONE_RUN = ("head", "stats", "samples", "tastes", "score", "losses", "fates", "contributions", "details", "events")
 
 
@@ -55,6 +72,7 @@ class Facts:
     events: list[Event]
     why: Why | None
     one_run: bool  # a page about `run` alone
+    jobs: jobviews.Glance | None = None
 
     @property
     def present(self) -> list[WorkerView]:
@@ -113,8 +131,9 @@ async def gather(desk: Desk, run_id: str) -> Facts:
     workers = await people.workers(desk, totals=False)
     chosen = run_id or (briefs[0].id if briefs else "")
     events = await runs.events(desk, ref=run_id or None, limit=MOST_EVENTS)
+    jobs = await jobviews.at_a_glance(desk) if overview else None
     if not chosen:
-        return Facts(desk.name, workers, briefs, None, [], [], [], events, None, one_run=False)
+        return Facts(desk.name, workers, briefs, None, [], [], [], events, None, one_run=False, jobs=jobs)
     run = await runs.show(desk, chosen)
     anybody = any(worker.state in ("working", "idle") and not worker.trusted for worker in workers)
     stuck = run.state == "queued" or (run.state == "running" and not run.active_workers and not anybody)
@@ -129,6 +148,7 @@ async def gather(desk: Desk, run_id: str) -> Facts:
         events=events,
         why=await runs.why(desk, chosen) if stuck else None,
         one_run=not overview,
+        jobs=jobs,
     )
 
 
@@ -163,11 +183,12 @@ def _calm(seconds: float) -> float:
     return round(seconds / step) * step
 
 
-def render(facts: Facts, names: tuple[str, ...]) -> dict[str, Markup]:
+def render(facts: Any, names: tuple[str, ...]) -> dict[str, Markup]:
     """Finished HTML by region; an empty string for one that has nothing to say, so that CSS can fold it away."""
     environment = templates()
+    run = getattr(facts, "run", None)
     return {
-        name: Markup(environment.get_template(f"regions/{name}.html").render(f=facts, run=facts.run).strip())
+        name: Markup(environment.get_template(f"regions/{name}.html").render(f=facts, run=run).strip())
         for name in names
     }
 
@@ -178,6 +199,31 @@ _INVISIBLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u200e\u200f\u202a-\u
 def _plain(value: Any) -> Any:
     """Without the characters that turn a sentence around or cannot be seen: a reason must read as it is meant."""
     return _INVISIBLE.sub("", value) if type(value) is str else value
+
+
+def ways(role: str) -> list[tuple[str, str]]:
+    """The pages that somebody of this role can go to from anywhere."""
+    everybody = [("/", "Overview"), ("/queue", "Queue"), ("/workers", "Machines")]
+    return [*everybody, ("/submit", "Submit")] if role in MEMBERS else everybody
+
+
+def said(reason: str, advice: str = "") -> Markup:
+    """A reason as a sentence, and in bold what would help. Names that stand in `ticks` are set off from it."""
+    first, then = (_in_ticks(text.strip()) for text in (reason, advice))
+    if not then:
+        return first
+    return first + Markup("" if first.endswith((".", "!", "?", ":")) else ".") + Markup(" <b>{}</b>").format(then)
+
+
+def _in_ticks(text: str) -> Markup:
+    parts = _INVISIBLE.sub("", text).split("`")
+    if parts[0]:
+        parts[0] = parts[0][0].upper() + parts[0][1:]
+    if len(parts) % 2 == 0:
+        return escape("`".join(parts))
+    return Markup("").join(
+        Markup("<em>{}</em>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts)
+    )
 
 
 @cache
@@ -198,6 +244,11 @@ def templates() -> Environment:
         "live_states": LIVE,
         "most_tiles": MOST_TILES,
         "most_rows": MOST_ROWS,
+        "most_files": MOST_FILES,
+        "ended_states": ENDED,
+        "took": jobviews.took,
+        "ways": ways,
+        "said": said,
     }
     environment.globals.update(tools)
     return environment

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from functools import cache
 from importlib import resources
@@ -91,7 +92,8 @@ class Ledger:
             open=False,
             timeout=8,
             kwargs={"row_factory": dict_row, "application_name": "potluck-hub"},
-            check=AsyncConnectionPool.check_connection,
+            check=_check,
+            reset=_used,
         )
 
     async def open(self) -> None:
@@ -153,6 +155,19 @@ class Ledger:
             except psycopg.Error as error:
                 log.warning("ledger.listen_lost", reason=str(error).strip())
             await asyncio.sleep(1)
+
+
+TRUSTED_S = 1.0
+"""A connection that worked so lately is not asked whether it lives: that costs a round trip for each transaction."""
+
+
+async def _used(connection: AsyncConnection[DictRow]) -> None:
+    connection.__dict__["used_at"] = time.monotonic()
+
+
+async def _check(connection: AsyncConnection[DictRow]) -> None:
+    if time.monotonic() - connection.__dict__.get("used_at", 0.0) > TRUSTED_S:
+        await AsyncConnectionPool.check_connection(connection)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,15 @@ function localTimes(root) {
   }
 }
 
-const key = (element) => element.id || element.getAttribute("href") || element.getAttribute("aria-label");
+const key = (element) =>
+  element.id || element.getAttribute("href") || element.getAttribute("formaction") || element.getAttribute("aria-label");
+
+// What changed in words, for those who do not see it change.
+let told = document.querySelector("[data-say]")?.dataset.say;
+function tell(region) {
+  const news = region.querySelector("[data-say]")?.dataset.say;
+  if (news && news !== told) document.getElementById("said").textContent = told = news;
+}
 
 async function swap(id, html) {
   const region = document.getElementById(id);
@@ -36,10 +44,13 @@ async function swap(id, html) {
   const pictures = [...fresh.querySelectorAll("img:not([loading])")].map((picture) => picture.decode().catch(() => {}));
   await Promise.race([Promise.all(pictures), new Promise((done) => setTimeout(done, 3000))]); // no flicker
   const focused = region.contains(document.activeElement) ? key(document.activeElement) : null;
-  const places = new Map([...region.querySelectorAll("[tabindex]")].map((box) => [key(box), box.scrollLeft]));
+  const places = new Map([...region.querySelectorAll("[tabindex]")].map((box) => [key(box), [box.scrollLeft, box.scrollTop]]));
+  const open = [...region.querySelectorAll("details")].map((part) => part.open);
   region.replaceChildren(...fresh.childNodes);
-  for (const box of region.querySelectorAll("[tabindex]")) box.scrollLeft = places.get(key(box)) ?? 0;
-  if (focused) [...region.querySelectorAll("a, [tabindex]")].find((element) => key(element) === focused)?.focus({ preventScroll: true });
+  for (const box of region.querySelectorAll("[tabindex]")) [box.scrollLeft, box.scrollTop] = places.get(key(box)) ?? [0, 0];
+  region.querySelectorAll("details").forEach((part, index) => (part.open = open[index] ?? false));
+  if (focused) [...region.querySelectorAll("a, button, [tabindex]")].find((element) => key(element) === focused)?.focus({ preventScroll: true });
+  tell(region);
 }
 
 async function show(pieces) {
@@ -49,7 +60,7 @@ async function show(pieces) {
 }
 
 function connect() {
-  const source = new EventSource(`/live?run=${encodeURIComponent(main.dataset.run)}&after=${encodeURIComponent(have)}`);
+  const source = new EventSource(`/live?${main.dataset.live}&after=${encodeURIComponent(have)}`);
   source.onopen = () => say("live", "live");
   source.addEventListener("page", (event) => {
     have = event.lastEventId;

@@ -15,6 +15,12 @@ ALTER TABLE runs ADD CONSTRAINT runs_state_check CHECK (
 ALTER TABLE tasks DROP CONSTRAINT tasks_kind_check;
 ALTER TABLE tasks ADD CONSTRAINT tasks_kind_check CHECK (kind IN ('init', 'unit', 'merge', 'taste', 'command'));
 
+-- Upkeep walks through the pool runs that are not over; jobs by the thousand may wait beside them.
+DROP INDEX runs_live;
+CREATE INDEX runs_live ON runs (created_at)
+    WHERE mode = 'pool' AND state IN ('queued', 'running', 'paused', 'finishing');
+CREATE INDEX runs_by_name ON runs (name);
+
 ALTER TABLE workers
     ADD COLUMN owner text NOT NULL DEFAULT '',      -- the person's id; empty: nobody said
     ADD COLUMN agent text NOT NULL DEFAULT '',      -- the running agent's own id, new at each start
@@ -31,8 +37,11 @@ ALTER TABLE leases
     ADD COLUMN ttl interval,                        -- of a command: its job's patience
     ADD COLUMN agent text NOT NULL DEFAULT '';      -- the agent that has it; empty: not delivered yet
 
+ALTER TABLE blobs ADD COLUMN kept boolean NOT NULL DEFAULT false; -- belongs to a job's tree or point: never swept
+
 CREATE TABLE jobs (
     run_id text PRIMARY KEY REFERENCES runs,
+    task_id bigint NOT NULL UNIQUE REFERENCES tasks, -- the one task of this job, leased once an attempt
     owner text NOT NULL,                            -- credentials.subject of the person
     spec jsonb NOT NULL,                            -- JobSpec
     needs jsonb NOT NULL,                           -- domain/resources.py Demand, read once
@@ -43,11 +52,14 @@ CREATE TABLE jobs (
     queued_at timestamptz NOT NULL DEFAULT now(),   -- its place in the line; a retry gets a new one
     retries_left integer NOT NULL,
     attempts integer NOT NULL DEFAULT 0,
+    returns integer NOT NULL DEFAULT 0,             -- how often a worker gave it back before it ran
+    avoid jsonb NOT NULL DEFAULT '{}',              -- worker id → seconds since 1970 until when it is not tried there
     checkpoint jsonb,                               -- Blob of a Tree: the newest of any attempt
     cancelled_by text,                              -- set as soon as somebody stops it; it stays stopped
     finished boolean NOT NULL DEFAULT false         -- no lease is live, no attempt will follow
 ) WITH (fillfactor = 70);
 CREATE INDEX jobs_open ON jobs (queued_at) WHERE NOT finished;
+CREATE INDEX jobs_by_age ON jobs (queued_at);
 CREATE INDEX jobs_by_owner ON jobs (owner, queued_at);
 
 CREATE TABLE attempts (

@@ -13,7 +13,7 @@ SELECT number, applied_samples, losses FROM versions JOIN wanted USING (number) 
 WITH listed AS (
     SELECT id, name, state, recipe ->> 'name' AS recipe, dataset ->> 'name' AS dataset, version, created_at, ended_at,
         array_position(ARRAY['running', 'finishing', 'paused', 'queued'], state) AS liveliness
-    FROM runs ORDER BY liveliness, created_at DESC LIMIT %(limit)s
+    FROM runs WHERE mode = 'pool' ORDER BY liveliness, created_at DESC LIMIT %(limit)s
 )
 SELECT listed.*, COALESCE(versions.applied_samples, 0) AS samples, newest.metrics
 FROM listed
@@ -22,3 +22,24 @@ LEFT JOIN LATERAL (
     SELECT metrics FROM tastes WHERE tastes.run_id = listed.id ORDER BY version DESC LIMIT 1
 ) newest ON true
 ORDER BY liveliness, created_at DESC;
+
+-- name: job_lines
+-- Jobs as lines of a list, the newest first: those that wait (of these ids), are at work, or ended.
+SELECT runs.id, runs.name, runs.state, runs.created_at, runs.started_at, runs.ended_at, jobs.priority, jobs.queued_at,
+    jobs.needs, COALESCE(credentials.name, jobs.owner) AS owner, COALESCE(last.worker, '') AS worker, last.exit_code
+FROM runs JOIN jobs ON jobs.run_id = runs.id
+LEFT JOIN credentials ON credentials.subject = jobs.owner
+LEFT JOIN LATERAL (
+    SELECT workers.name AS worker, attempts.exit_code FROM attempts JOIN workers ON workers.id = attempts.worker_id
+    WHERE attempts.run_id = runs.id ORDER BY attempts.number DESC LIMIT 1
+) last ON true
+WHERE runs.id IN (
+    SELECT unnest(%(ids)s::text[])
+    UNION ALL (SELECT run_id FROM tasks WHERE kind = 'command' AND state = 'leased' ORDER BY id DESC LIMIT %(at_work)s)
+    UNION ALL (SELECT id FROM runs r WHERE r.mode = 'job' AND r.ended_at IS NOT NULL
+        AND r.state IN ('succeeded', 'failed', 'cancelled', 'lost') ORDER BY r.ended_at DESC LIMIT %(ended)s))
+ORDER BY runs.created_at DESC;
+
+-- name: job_counts
+SELECT count(*) FILTER (WHERE state = 'queued') AS waiting, count(*) FILTER (WHERE state <> 'queued') AS at_work
+FROM tasks WHERE kind = 'command' AND state IN ('queued', 'leased');

@@ -134,12 +134,16 @@ WITH held AS (
 SELECT held.*, (live.id IS NOT NULL) AS was_live FROM held LEFT JOIN live ON live.id = held.id;
 
 -- name: late_leases
-SELECT id, run_id, worker_id, kind, task_id FROM leases WHERE ended_at IS NULL AND deadline < now() LIMIT 1000;
+-- Those of jobs have a life of their own: gone_commands.
+SELECT id, run_id, worker_id, kind, task_id FROM leases
+WHERE ended_at IS NULL AND deadline < now() AND kind <> 'command' LIMIT 1000;
 
 -- name: live_leases_of_worker
 -- All are locked before the first is given back: then the supply is never locked before a lease, which would be a
 -- deadlock with a report. Rows are locked in one order everywhere: run or worker, leases by id, tasks, updates, supply.
-SELECT id, run_id, kind FROM leases WHERE ended_at IS NULL AND worker_id = %(worker_id)s ORDER BY id FOR UPDATE;
+-- Jobs are given up one by one afterwards: their run is locked before their lease.
+SELECT id, run_id, kind FROM leases WHERE ended_at IS NULL AND worker_id = %(worker_id)s AND kind <> 'command'
+ORDER BY id FOR UPDATE;
 
 -- name: renew
 -- One statement for all leases of a heartbeat. By primary key; an ended lease is left as it is.
@@ -147,7 +151,7 @@ UPDATE leases SET deadline = CASE WHEN ended_at IS NULL THEN now() + %(ttl)s ELS
     steps = beat.steps, samples = beat.samples, rate = beat.rate
 FROM unnest(%(ids)s::uuid[], %(steps)s::bigint[], %(samples)s::bigint[], %(rates)s::real[])
     AS beat (id, steps, samples, rate)
-WHERE leases.id = beat.id AND leases.worker_id = %(worker_id)s;
+WHERE leases.id = beat.id AND leases.worker_id = %(worker_id)s AND leases.kind <> 'command';
 
 -- name: fate_of_leases
 SELECT leases.id, leases.ended_at IS NOT NULL AS ended, leases.kind, runs.state AS run_state,

@@ -88,21 +88,35 @@ SELECT EXISTS (
         AND last_seen > now() - interval '40 seconds') AS live;
 
 -- name: workers
-SELECT w.*, w.last_seen > now() - interval '40 seconds' AS present,
+SELECT w.*, w.last_seen > now() - interval '40 seconds' AS present, w.labels || w.hub_labels AS all_labels,
+    COALESCE(person.name, w.owner) AS owner_name, here.jobs,
     live.kind, live.run_id AS doing_run, live.samples AS doing_samples, live.rate, live.task_id,
     span(tasks.positions) AS doing_of
 FROM workers w
 LEFT JOIN LATERAL (
-    SELECT * FROM leases WHERE leases.worker_id = w.id AND ended_at IS NULL ORDER BY samples DESC, granted_at LIMIT 1
+    SELECT * FROM leases WHERE leases.worker_id = w.id AND ended_at IS NULL AND leases.kind <> 'command'
+    ORDER BY samples DESC, granted_at LIMIT 1
 ) live ON true
+LEFT JOIN LATERAL (
+    SELECT jsonb_agg(jsonb_build_object('name', runs.name, 'gpus', attempts.granted -> 'gpus') ORDER BY placed_at) AS jobs
+    FROM attempts JOIN runs ON runs.id = attempts.run_id
+    WHERE attempts.worker_id = w.id AND attempts.ended_at IS NULL
+) here ON true
+LEFT JOIN credentials person ON person.subject = w.owner AND w.owner <> ''
 LEFT JOIN tasks ON tasks.id = live.task_id
+WHERE %(only)s::text IS NULL OR w.id = %(only)s
 ORDER BY w.joined_at;
 
 -- name: add_event
 INSERT INTO events (kind, subject, run_id, actor, text) VALUES (%(kind)s, %(subject)s, %(run_id)s, %(actor)s, %(text)s);
 
 -- name: events
-SELECT id, at, kind, subject, actor, text FROM (
+-- What happened to somebody's job is theirs to read (viewer NULL: an admin); others read that it did.
+SELECT newest.id, at, kind, subject, actor,
+    CASE WHEN jobs.run_id IS NULL OR %(viewer)s::text IS NULL OR jobs.owner = %(viewer)s THEN text
+        ELSE subject || ' is ' || substr(kind, 5) END AS text
+FROM (
     SELECT * FROM events
     WHERE id > %(after)s AND (%(run_id)s::text IS NULL OR run_id = %(run_id)s) ORDER BY id DESC LIMIT %(limit)s
-) newest ORDER BY id;
+) newest LEFT JOIN jobs ON jobs.run_id = newest.run_id AND newest.kind LIKE 'job.%%'
+ORDER BY newest.id;

@@ -12,10 +12,14 @@ INSERT INTO supplies (run_id, remaining)
 VALUES (%(run_id)s, int8multirange(int8range(0, %(target)s::bigint)));
 
 -- name: find_run
--- By id, by name, by the front of an id, or `last`; the newest first.
+-- By id, by name, by the front of an id, or `last`; the newest first. Jobs are found by find_job.
 SELECT id FROM runs
-WHERE id = %(ref)s OR name = %(ref)s OR (length(%(ref)s) >= 3 AND starts_with(id, %(ref)s)) OR %(ref)s = 'last'
+WHERE mode = 'pool'
+    AND (id = %(ref)s OR name = %(ref)s OR (length(%(ref)s) >= 3 AND starts_with(id, %(ref)s)) OR %(ref)s = 'last')
 ORDER BY (id = %(ref)s) DESC, created_at DESC LIMIT 1;
+
+-- name: newest_of
+SELECT id FROM runs WHERE id = ANY(%(ids)s::text[]) ORDER BY (id = %(ref)s) DESC, created_at DESC LIMIT 1;
 
 -- name: run
 SELECT runs.*, supplies.remaining,
@@ -35,10 +39,11 @@ SELECT runs.*, (SELECT isempty(remaining) FROM supplies WHERE supplies.run_id = 
 FROM runs WHERE id = %(run_id)s FOR NO KEY UPDATE SKIP LOCKED;
 
 -- name: run_ids
-SELECT id FROM runs ORDER BY created_at DESC LIMIT %(limit)s;
+SELECT id FROM runs WHERE mode = 'pool' ORDER BY created_at DESC LIMIT %(limit)s;
 
 -- name: live_runs
-SELECT id, state FROM runs WHERE state IN ('queued', 'running', 'paused', 'finishing') ORDER BY created_at;
+SELECT id, state FROM runs WHERE mode = 'pool' AND state IN ('queued', 'running', 'paused', 'finishing')
+ORDER BY created_at;
 
 -- name: leasable_runs
 -- Runs that have positions to give, the one with the fewest workers first; not those in which this worker is struck out.
@@ -53,7 +58,7 @@ SELECT runs.id, runs.recipe, runs.dataset, runs.layout, runs.settings, runs.seed
         SELECT fate FROM updates WHERE updates.run_id = runs.id AND updates.worker_id = %(worker_id)s
         ORDER BY task_id DESC LIMIT %(strikes)s) newest) AS struck
 FROM runs JOIN supplies ON supplies.run_id = runs.id
-WHERE runs.state = 'running' AND runs.version >= 0 AND NOT isempty(supplies.remaining)
+WHERE runs.mode = 'pool' AND runs.state = 'running' AND runs.version >= 0 AND NOT isempty(supplies.remaining)
     AND (duration_s IS NULL OR now() < started_at + make_interval(secs => duration_s + paused_s))
 ORDER BY crowd, runs.created_at;
 
@@ -261,7 +266,7 @@ WITH settled AS (
 ), gone AS (
     UPDATE updates SET swept = true FROM settled WHERE updates.task_id = settled.task_id
 ), free AS (
-    DELETE FROM blobs USING settled WHERE blobs.hash = settled.blob_hash
+    DELETE FROM blobs USING settled WHERE blobs.hash = settled.blob_hash AND NOT blobs.kept
         AND NOT EXISTS (SELECT FROM updates other WHERE other.fate = 'pending' AND other.blob_hash = settled.blob_hash)
     RETURNING blobs.hash
 )
@@ -283,7 +288,7 @@ WITH old AS (
     SELECT state ->> 'hash' AS hash FROM old WHERE state IS NOT NULL
     UNION SELECT snapshot ->> 'hash' FROM old WHERE stale AND snapshot IS NOT NULL
 ), free AS (
-    DELETE FROM blobs USING hashes WHERE blobs.hash = hashes.hash AND NOT EXISTS (
+    DELETE FROM blobs USING hashes WHERE blobs.hash = hashes.hash AND NOT blobs.kept AND NOT EXISTS (
         SELECT FROM versions v JOIN runs ON runs.id = v.run_id WHERE v.number >= runs.version - 10
             AND (v.state ->> 'hash' = hashes.hash OR v.snapshot ->> 'hash' = hashes.hash))
     RETURNING blobs.hash

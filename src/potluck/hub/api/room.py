@@ -1,7 +1,4 @@
-"""What does the hub answer over HTTP? Parsing, roles, status codes; no rule and no SQL.
-
-Every route names who may call it (`roles`); `tests/security/test_access.py` walks through all of them with every role.
-"""
+"""People, pool work, bytes and runs over HTTP."""
 
 from __future__ import annotations
 
@@ -9,16 +6,14 @@ import asyncio
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import FileResponse
 
 import potluck
 from potluck.domain import access
-from potluck.errors import BadInput, NotFound, PotluckError, TryLater
+from potluck.errors import BadInput, NotFound
 from potluck.hub.commands import files, people, runs, work
-from potluck.hub.entrance import Asking, At, problem, roles
+from potluck.hub.entrance import Asking, At, roles
 from potluck.protocol import (
     OLDEST_PROTOCOL,
     PROTOCOL,
@@ -46,12 +41,8 @@ from potluck.protocol import (
     Why,
     WorkerView,
 )
-from potluck.telemetry import logger
 
-log = logger("hub.api")
-
-
-api = APIRouter(prefix="/api/v1")
+router = APIRouter(prefix="/api/v1")
 health = APIRouter()
 
 
@@ -70,39 +61,39 @@ async def readyz(desk: At) -> dict[str, str]:
 # --- people ---------------------------------------------------------------------------------------------------------
 
 
-@api.post("/join", **roles(access.OPEN))
+@router.post("/join", **roles(access.OPEN))
 async def join(desk: At, body: JoinRequest) -> JoinAnswer:
     return await people.join(desk, body)
 
 
-@api.get("/hub", **roles(access.ANYBODY))
+@router.get("/hub", **roles(access.ANYBODY))
 async def hub(desk: At) -> HubInfo:
     from datetime import UTC, datetime
 
     return HubInfo(desk.name, potluck.__version__, PROTOCOL, OLDEST_PROTOCOL, datetime.now(UTC).isoformat())
 
 
-@api.post("/invites", status_code=201, **roles(access.ADMINS))
+@router.post("/invites", status_code=201, **roles(access.ADMINS))
 async def invite(desk: At, caller: Asking, body: InviteRequest) -> InviteAnswer:
     return await people.invite(desk, body, actor=caller.name)
 
 
-@api.get("/invites", **roles(access.ADMINS))
+@router.get("/invites", **roles(access.ADMINS))
 async def invites(desk: At) -> list[dict[str, Any]]:
     return await people.invites(desk)
 
 
-@api.delete("/invites/{invite_id}", status_code=204, **roles(access.ADMINS))
+@router.delete("/invites/{invite_id}", status_code=204, **roles(access.ADMINS))
 async def revoke_invite(desk: At, caller: Asking, invite_id: str) -> None:
     await people.revoke_invite(desk, invite_id, actor=caller.name)
 
 
-@api.get("/workers", **roles(access.ANYBODY))
+@router.get("/workers", **roles(access.ANYBODY))
 async def workers(desk: At) -> list[WorkerView]:
     return await people.workers(desk)
 
 
-@api.delete("/workers/{worker_id}", **roles(access.ADMINS))
+@router.delete("/workers/{worker_id}", **roles(access.ADMINS))
 async def revoke_worker(desk: At, caller: Asking, worker_id: str) -> dict[str, str]:
     return {"revoked": await people.revoke_worker(desk, worker_id, actor=caller.name)}
 
@@ -112,12 +103,12 @@ async def revoke_worker(desk: At, caller: Asking, worker_id: str) -> dict[str, s
 Wait = Annotated[float, Query(ge=0, le=30)]
 
 
-@api.post("/heartbeat", **roles(access.WORKERS))
+@router.post("/heartbeat", **roles(access.WORKERS))
 async def heartbeat(desk: At, caller: Asking, body: HeartbeatRequest) -> HeartbeatAnswer:
     return await work.heartbeat(desk, caller, body)
 
 
-@api.post("/leases", response_model=None, responses={200: {"model": Lease}, 204: {}}, **roles(access.WORKERS))
+@router.post("/leases", response_model=None, responses={200: {"model": Lease}, 204: {}}, **roles(access.WORKERS))
 async def lease(desk: At, caller: Asking, request: Request, body: LeaseRequest, wait: Wait = 0) -> Response:
     granted = await work.lease(desk, caller, body, wait, gone=request.is_disconnected)
     if granted is None:
@@ -125,12 +116,12 @@ async def lease(desk: At, caller: Asking, request: Request, body: LeaseRequest, 
     return Response(msgspec.json.encode(granted), media_type="application/json")
 
 
-@api.post("/leases/{lease_id}/report", **roles(access.WORKERS))
+@router.post("/leases/{lease_id}/report", **roles(access.WORKERS))
 async def report(desk: At, caller: Asking, lease_id: str, body: Report) -> ReportAnswer:
     return await work.report(desk, caller, lease_id, body)
 
 
-@api.post("/leave", status_code=204, **roles(access.WORKERS))
+@router.post("/leave", status_code=204, **roles(access.WORKERS))
 async def leave(desk: At, caller: Asking) -> None:
     await work.leave(desk, caller)
 
@@ -138,17 +129,17 @@ async def leave(desk: At, caller: Asking) -> None:
 # --- bytes ----------------------------------------------------------------------------------------------------------
 
 
-@api.post("/uploads", **roles(access.GIVERS))
+@router.post("/uploads", **roles(access.GIVERS))
 async def begin_upload(desk: At, body: UploadRequest) -> UploadAnswer:
     return await files.begin(desk, body.blob)
 
 
-@api.get("/uploads/{upload_id}", **roles(access.GIVERS))
+@router.get("/uploads/{upload_id}", **roles(access.GIVERS))
 async def upload_status(desk: At, upload_id: str) -> UploadAnswer:
     return await files.status(desk, upload_id)
 
 
-@api.patch("/uploads/{upload_id}", **roles(access.GIVERS))
+@router.patch("/uploads/{upload_id}", **roles(access.GIVERS))
 async def append(desk: At, request: Request, upload_id: str, offset: Annotated[int, Query(ge=0)]) -> UploadAnswer:
     piece = bytearray()
     async for part in request.stream():
@@ -158,8 +149,8 @@ async def append(desk: At, request: Request, upload_id: str, offset: Annotated[i
     return await files.append(desk, upload_id, offset, bytes(piece))
 
 
-@api.head("/blobs/{hash_}", include_in_schema=False, response_class=FileResponse, **roles(access.ANYBODY))
-@api.get("/blobs/{hash_}", response_class=FileResponse, **roles(access.ANYBODY))
+@router.head("/blobs/{hash_}", include_in_schema=False, response_class=FileResponse, **roles(access.ANYBODY))
+@router.get("/blobs/{hash_}", response_class=FileResponse, **roles(access.ANYBODY))
 async def blob(desk: At, hash_: str) -> FileResponse:
     """The bytes; ranges are honoured. Always as a download, never as something a browser would run."""
     path = desk.blobs.path(hash_)
@@ -182,7 +173,7 @@ def _is_png(path: Any) -> bool:
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-@api.post("/runs", status_code=201, **roles(access.MEMBERS))
+@router.post("/runs", status_code=201, **roles(access.MEMBERS))
 async def create_run(
     desk: At,
     caller: Asking,
@@ -192,96 +183,66 @@ async def create_run(
     return await runs.create(desk, body, actor=caller.name, key=idempotency_key)
 
 
-@api.get("/runs", **roles(access.ANYBODY))
+@router.get("/runs", **roles(access.ANYBODY))
 async def list_runs(desk: At, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[RunView]:
     return await runs.list_runs(desk, limit)
 
 
-@api.get("/runs/{run}", **roles(access.ANYBODY))
+@router.get("/runs/{run}", **roles(access.ANYBODY))
 async def show_run(desk: At, run: str) -> RunView:
     return await runs.show(desk, run)
 
 
-@api.patch("/runs/{run}/settings", **roles(access.MEMBERS))
+@router.patch("/runs/{run}/settings", **roles(access.MEMBERS))
 async def set_run(desk: At, caller: Asking, run: str, body: dict[str, Json]) -> RunView:
     return await runs.change(desk, run, body, actor=caller.name)
 
 
-@api.post("/runs/{run}/pause", **roles(access.MEMBERS))
+@router.post("/runs/{run}/pause", **roles(access.MEMBERS))
 async def pause(desk: At, caller: Asking, run: str) -> RunView:
     return await runs.move(desk, run, "pause", actor=caller.name)
 
 
-@api.post("/runs/{run}/resume", **roles(access.MEMBERS))
+@router.post("/runs/{run}/resume", **roles(access.MEMBERS))
 async def resume(desk: At, caller: Asking, run: str) -> RunView:
     return await runs.move(desk, run, "resume", actor=caller.name)
 
 
-@api.post("/runs/{run}/stop", **roles(access.MEMBERS))
+@router.post("/runs/{run}/stop", **roles(access.MEMBERS))
 async def stop(desk: At, caller: Asking, run: str) -> RunView:
     return await runs.move(desk, run, "stop", actor=caller.name)
 
 
-@api.get("/runs/{run}/versions", **roles(access.ANYBODY))
+@router.get("/runs/{run}/versions", **roles(access.ANYBODY))
 async def versions(desk: At, run: str, after: Annotated[int, Query(ge=-1)] = -1, wait: Wait = 0) -> list[Version]:
     return await runs.versions(desk, run, after, wait)
 
 
-@api.get("/runs/{run}/contributions", **roles(access.ANYBODY))
+@router.get("/runs/{run}/contributions", **roles(access.ANYBODY))
 async def contributions(desk: At, run: str) -> list[Contribution]:
     return await runs.contributions(desk, run)
 
 
-@api.get("/runs/{run}/tastes", **roles(access.ANYBODY))
+@router.get("/runs/{run}/tastes", **roles(access.ANYBODY))
 async def tastes(desk: At, run: str) -> list[Taste]:
     return await runs.tastes(desk, run)
 
 
-@api.get("/runs/{run}/curve", **roles(access.ANYBODY))
+@router.get("/runs/{run}/curve", **roles(access.ANYBODY))
 async def curve(desk: At, run: str) -> list[Curve]:
     return await runs.curve(desk, run)
 
 
-@api.get("/runs/{run}/events", **roles(access.ANYBODY))
-async def run_events(desk: At, run: str, after: int = 0) -> list[Event]:
-    return await runs.events(desk, after=after, ref=run)
+@router.get("/runs/{run}/events", **roles(access.ANYBODY))
+async def run_events(desk: At, caller: Asking, run: str, after: int = 0) -> list[Event]:
+    return await runs.events(desk, after=after, ref=run, caller=caller)
 
 
-@api.get("/events", **roles(access.ANYBODY))
-async def events(desk: At, after: int = 0) -> list[Event]:
-    return await runs.events(desk, after=after)
+@router.get("/events", **roles(access.ANYBODY))
+async def events(desk: At, caller: Asking, after: int = 0) -> list[Event]:
+    return await runs.events(desk, after=after, caller=caller)
 
 
-@api.get("/why/{subject}", **roles(access.ANYBODY))
-async def why(desk: At, subject: str) -> Why:
-    return await runs.why(desk, subject)
-
-
-# --- errors ---------------------------------------------------------------------------------------------------------
-
-
-def install(app: FastAPI) -> None:
-    """Routes and error answers."""
-    app.include_router(health)
-    app.include_router(api)
-
-    @app.exception_handler(PotluckError)
-    async def ours(request: Request, error: PotluckError) -> JSONResponse:
-        if error.status >= 500 and not isinstance(error, TryLater):
-            log.error("request.failed", path=request.url.path, reason=str(error))
-        return problem(error.status, error.code, str(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def misfit(request: Request, error: RequestValidationError) -> JSONResponse:
-        places = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()[:5])
-        return problem(422, BadInput.code, f"the request does not fit: {places}")
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        code = {404: NotFound.code, 405: "not_allowed"}.get(error.status_code, "http")
-        return problem(error.status_code, code, f"{error.detail}: {request.method} {request.url.path}")
-
-    @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> JSONResponse:
-        log.error("request.bug", path=request.url.path, exc_info=error)
-        return problem(500, PotluckError.code, "the hub made a mistake: its log has the details")
+@router.get("/why/{subject}", **roles(access.ANYBODY))
+async def why(desk: At, caller: Asking, subject: str) -> Why:
+    return await runs.why(desk, subject, caller=caller)

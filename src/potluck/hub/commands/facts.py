@@ -1,0 +1,168 @@
+"""What does the placement look at? One reading of the ledger, as the domain's records.
+
+The rows are fetched by `gather`; `build` is plain work on them, so that a long line can be read in a thread.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from potluck.domain import fairness
+from potluck.domain.placement import Gpu, Held, Limits, Machine, Plan, Waiting, place
+from potluck.domain.resources import Demand, Grant
+from potluck.hub.store import Rows, Transaction
+from potluck.protocol import MachineNow, Rules
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The rows, as they came."""
+
+    now: float
+    waiting: Rows
+    machines: Rows
+    held: Rows
+    usages: Rows
+    quotas: Rows
+
+    @property
+    def size(self) -> int:
+        return len(self.waiting) + len(self.machines)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All jobs that wait, all machines, and what people used."""
+
+    now: float  # seconds since 1970, the ledger's clock
+    waiting: list[Waiting]
+    machines: list[Machine]
+    usage: dict[str, float]
+    limits: dict[str, Limits]
+
+    def plan(self) -> Plan:
+        return place(self.waiting, self.machines, usage=self.usage, limits=self.limits, now=self.now)
+
+    def having(self, one: Waiting) -> Facts:
+        """The same with one more that waits."""
+        return replace(self, waiting=[*self.waiting, one])
+
+
+@dataclass
+class Forecast:
+    """The newest plan of this hub copy, for those who ask why a job waits. Made again when it is out of date."""
+
+    facts: Facts
+    plan: Plan
+    made_at: float  # the loop's clock
+    took_s: float
+    ticket: tuple[str, int]  # of the news at that time
+
+
+async def gather(tx: Transaction) -> Raw:
+    """A few statements for everything, never one for each job."""
+    clock = await tx.row("clock")
+    assert clock is not None
+    return Raw(
+        clock["now"],
+        await tx.rows("waiting_jobs"),
+        await tx.rows("machines"),
+        await tx.rows("held_places"),
+        await tx.rows("usages"),
+        await tx.rows("quota_use"),
+    )
+
+
+def build(raw: Raw) -> Facts:
+    held: defaultdict[str, list[Held]] = defaultdict(list)
+    usage = {row["owner"]: fairness.decay(row["amount"], row["age_s"]) for row in raw.usages}
+    running: Counter[str] = Counter()
+    for row in raw.held:
+        grant = msgspec.convert(row["granted"], Grant)
+        held[row["worker_id"]].append(_held(row, grant))
+        running[row["owner"]] += 1
+        # What runs counts from its first second, not only when it ends: else the longest job would be free.
+        so_far = fairness.charge(grant, raw.now - row["placed_at"])
+        usage[row["owner"]] = usage.get(row["owner"], 0.0) + so_far
+    demands: dict[str, Demand] = {}  # many jobs ask for the same
+    return Facts(
+        raw.now,
+        [_waiting(row, demands, raw.now) for row in raw.waiting],
+        [_machine(row, held[row["id"]]) for row in raw.machines],
+        usage,
+        {row["owner"]: _limits(row, running[row["owner"]]) for row in raw.quotas},
+    )
+
+
+def _held(row: dict[str, Any], grant: Grant) -> Held:
+    started, timeout_s = row["started_at"], row["timeout_s"]
+    return Held(
+        job=row["run_id"],
+        owner=row["owner"],
+        grant=grant,
+        ends_at=(started or row["placed_at"]) + timeout_s if timeout_s else None,
+        # before its process runs, nothing of what it reserved is missing in what the machine measures as free
+        used_memory=None if started else 0,
+        used_vram=None if started else 0,
+        name=row["name"],
+    )
+
+
+def _waiting(row: dict[str, Any], demands: dict[str, Demand], now: float) -> Waiting:
+    needs = row["needs"]
+    if (demand := demands.get(needs)) is None:
+        demand = demands[needs] = msgspec.json.decode(needs, type=Demand)
+    avoid = row["avoid"]
+    return Waiting(
+        job=row["id"],
+        name=row["name"],
+        owner=row["owner"],
+        demand=demand,
+        priority=row["priority"],
+        rank=row["rank"],
+        queued_at=row["queued_at"],
+        timeout_s=row["timeout_s"],
+        avoid=frozenset(worker for worker, until in avoid.items() if until > now) if avoid else frozenset(),
+    )
+
+
+def _machine(row: dict[str, Any], held: list[Held]) -> Machine:
+    has = msgspec.convert(row["machine"], MachineNow)
+    rules = msgspec.convert(row["rules"], Rules)
+    return Machine(
+        id=row["id"],
+        name=row["name"],
+        owner=row["owner"],
+        cores=float(has.cpu_cores),
+        memory=has.memory_bytes,
+        memory_free=has.memory_free_bytes,
+        disk_free=has.disk_free_bytes,
+        gpus=tuple(Gpu(gpu.index, gpu.name, gpu.memory_bytes, gpu.free_bytes) for gpu in has.gpus),
+        labels=row["labels"],
+        os=has.os,
+        arch=has.arch,
+        accept=rules.accept,
+        whose=rules.whose,
+        runtime=rules.runtime,
+        max_tasks=rules.max_tasks,
+        executors=frozenset(row["executors"]),
+        present=bool(row["present"]),
+        draining=row["draining"],
+        held=tuple(held),
+    )
+
+
+def _limits(row: dict[str, Any], running: int) -> Limits:
+    return Limits(
+        running=row["running"],
+        gpu_hours=row["gpu_hours"],
+        cpu_hours=row["cpu_hours"],
+        running_now=running,
+        gpu_hours_used=row["gpu_hours_used"],
+        cpu_hours_used=row["cpu_hours_used"],
+        name=row["name"],
+    )
