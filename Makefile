@@ -31,7 +31,7 @@ demo: setup  ## a hub, three unequal workers, a GAN on real pictures: about thre
 	@$(BIN)/python scripts/demo.py $(if $(DATA),--data '$(DATA)')
 
 test: setup  ## the tests, without the slow ones
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-all: setup  ## all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest

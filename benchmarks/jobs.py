@@ -83,7 +83,28 @@ def start(folder: Path, scale: float) -> dict[str, float]:
                 raise SystemExit(f"{job} {view.state}: {view.reason}")
             if number >= 3:  # the first ones warm caches up
                 took.append(float(cluster.output(job)) - begun)
-    return {"submit_to_start_p95_s": quantile(took, 0.95), "submit_to_start_p50_s": statistics.median(took)}
+        lines = log_lines(cluster, round(200 * scale))
+    return {
+        "submit_to_start_p95_s": quantile(took, 0.95),
+        "submit_to_start_p50_s": statistics.median(took),
+        "log_line_p95_s": quantile(lines, 0.95),
+    }
+
+
+def log_lines(cluster: LocalCluster, count: int) -> list[float]:
+    """How old each line is when a reader has it."""
+    script = f"for i in $(seq {count}); do date +%s.%N; sleep 0.05; done"
+    job = cluster.submit(JobSpec(["/bin/sh", "-c", script], resources=Resources(cpu="0.1")))
+    ages: list[float] = []
+    offset, rest = 0, ""
+    while len(ages) < count:
+        piece = cluster.hub.log(job, offset=offset, wait_s=10)
+        now, offset = time.time(), piece.next_offset
+        *lines, rest = (rest + piece.text).split("\n")
+        ages += [now - float(line) for line in lines if line]
+        if piece.over:
+            break
+    return ages
 
 
 def one_pass(folder: Path, scale: float) -> dict[str, float]:

@@ -29,7 +29,7 @@ from potluck.blobs import BlobStore, hash_bytes
 from potluck.domain.job import JobSpec, Resources
 from potluck.hub import upkeep
 from potluck.hub.app import Server, make_app
-from potluck.hub.commands import attempts, files, jobs, keeping, orders, people, placing, runs, work
+from potluck.hub.commands import attempts, files, jobs, keeping, orders, people, placing, reports, runs, work
 from potluck.hub.commands.desk import Caller, Desk
 from potluck.hub.store import Ledger
 from potluck.protocol import (
@@ -226,7 +226,7 @@ class Room:
         return granted
 
     def report(self, caller: Caller, lease: Lease, report: Report) -> None:
-        answer = self.do(work.report(self.desk, caller, lease.id, report))
+        answer = self.do(reports.report(self.desk, caller, lease.id, report))
         assert answer.accepted, answer.reason
 
     def beat(self, caller: Caller, lease: Lease, samples: int, rate: float, **loss: float) -> None:

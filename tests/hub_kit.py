@@ -28,7 +28,7 @@ from psycopg.rows import dict_row
 from potluck.blobs import BlobStore, hash_bytes
 from potluck.domain.job import JobSpec, Resources
 from potluck.hub import upkeep
-from potluck.hub.commands import attempts, files, jobs, orders, people, placing, rounds, runs, work
+from potluck.hub.commands import attempts, files, jobs, orders, people, placing, reports, rounds, runs, work
 from potluck.hub.commands.desk import Caller, Desk
 from potluck.hub.store import Ledger
 from potluck.protocol import (
@@ -221,7 +221,7 @@ class Hub:
 
     def report(self, caller: Caller, lease: Lease | str, report: Report) -> ReportAnswer:
         id_ = lease if isinstance(lease, str) else lease.id
-        return self.run(work.report(self.desk, caller, id_, report))
+        return self.run(reports.report(self.desk, caller, id_, report))
 
     def unit_report(
         self, lease: Lease, done: Positions | None = None, *, base: int = 0, seed: int = 1, **changes: Any

@@ -38,7 +38,7 @@ def commands(group: click.Group = app, before: str = "") -> Iterator[tuple[str, 
 
 HUB = ["--hub", "--token-file"]
 OPTIONS = {
-    "host": ["--database", "--data-dir", "--bind", "--port", "--house-worker", "--name", "--tls"],
+    "host": ["--database", "--data-dir", "--bind", "--port", "--house-worker", "--name", "--tls", "--tunnel"],
     "invite": ["--role", "--uses", "--ttl", "--name", "--trusted", "--json", *HUB],
     "invites": ["--all", "--json", *HUB],
     "invites revoke": ["ID"],

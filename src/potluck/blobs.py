@@ -198,7 +198,7 @@ class BlobStore:
     def evict(self, keep_bytes: int, keep: Collection[str] = ()) -> int:
         """Remove the blobs that were not used for longest until at most `keep_bytes` are left; the bytes freed.
 
-        Only for caches. Blobs in `keep` stay; parts and temporary files that nobody touched for a day go too.
+        Only for caches. Blobs in `keep` stay; what `forget_stale` removes goes too.
         """
         found = []
         for hash_ in self.hashes():
@@ -215,13 +215,18 @@ class BlobStore:
             if hash_ not in keep:
                 self.remove(hash_)
                 freed += size
+        self.forget_stale()
+        return freed
+
+    def forget_stale(self) -> int:
+        """Remove parts and temporary files that nobody touched for a day; how many there were."""
+        count = 0
         for path in [*self.root.glob("parts/*"), *self.root.glob("tmp/*")]:
-            try:
+            with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _STALE_S:
                     path.unlink()
-            except FileNotFoundError:
-                continue
-        return freed
+                    count += 1
+        return count
 
     def _temporary(self) -> Path:
         folder = self.root / "tmp"

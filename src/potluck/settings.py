@@ -13,7 +13,6 @@ A secret never travels in a flag's value: it comes from the environment or from 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -25,7 +24,10 @@ from typing import Any, NamedTuple, TypeVar
 from potluck.domain.quantity import parse_duration as parse_duration
 from potluck.domain.quantity import parse_number
 from potluck.domain.quantity import parse_size as parse_size
-from potluck.errors import BadInput, NotFound, NotKnown
+from potluck.domain.tokens import check_token as check_token
+from potluck.domain.tokens import hash_token as hash_token
+from potluck.domain.tokens import make_token as make_token
+from potluck.errors import BadInput, NotFound
 
 DEFAULT_PORT = 8470
 S = TypeVar("S")
@@ -195,10 +197,25 @@ class HubSettings:
         "unset: yes, unless only this machine can reach the hub",
         "yes/no",
     )
+    tunnel: str = option(
+        "",
+        one_of("", "cloudflared", "ngrok"),
+        "POTLUCK_TUNNEL",
+        "make the hub reachable from everywhere by this program, if it is installed: cloudflared or ngrok; "
+        "the hub itself then listens on this machine only",
+        "name",
+    )
     log: str = option("", str, "POTLUCK_LOG", "`json` for machines, `debug` for more: json,debug", "words")
 
     @property
+    def listen_on(self) -> str:
+        """The address to listen on: behind a tunnel nobody but the tunnel's program has to reach it."""
+        return "127.0.0.1" if self.tunnel else self.bind
+
+    @property
     def use_tls(self) -> bool:
+        if self.tunnel:
+            return False  # the line to the tunnel's program does not leave this machine; from there on it is https
         return self.tls if self.tls is not None else not is_loopback(self.bind)
 
 
@@ -351,45 +368,6 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return address == "localhost"
-
-
-# --- credentials --------------------------------------------------------------------------------------------
-
-_LETTERS = {"worker": "w", "member": "m", "viewer": "v", "admin": "a"}
-_ROLES = {letter: role for role, letter in _LETTERS.items()}
-_SECRET_CHARS = 43  # of 32 random bytes in url-safe base64
-_SUM_CHARS = 6
-
-
-def make_token(role: str) -> str:
-    """A new credential: `pl`, the role's letter, `_`, 256 random bits, and a checksum that shows a slip."""
-    body = f"pl{_LETTERS[role]}_{secrets.token_urlsafe(32)}"
-    return body + _checksum(body)
-
-
-def check_token(token: str) -> str:
-    """The role in a credential's letter; `NotKnown` if it was mangled."""
-    shape = f"pl?_ and {_SECRET_CHARS + _SUM_CHARS} letters"
-    if len(token) < 4 or token[:2] != "pl" or token[3] != "_" or token[2] not in _ROLES:
-        raise NotKnown(f"this is not a Potluck token (it would look like {shape}): copy it again, all of it")
-    if len(token) != 4 + _SECRET_CHARS + _SUM_CHARS:
-        long = "long" if len(token) > 4 + _SECRET_CHARS + _SUM_CHARS else "short"
-        raise NotKnown(f"this token is too {long}: copy it again, all of it")
-    if token[-_SUM_CHARS:] != _checksum(token[:-_SUM_CHARS]):
-        raise NotKnown("this token was changed on the way (its checksum is wrong): copy it again, all of it")
-    return _ROLES[token[2]]
-
-
-def hash_token(token: str) -> str:
-    """What the hub keeps of a token. It has 256 random bits: a slow hash would add nothing."""
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
-def _checksum(body: str) -> str:
-    import base64
-    import zlib
-
-    return base64.b32encode(zlib.crc32(body.encode()).to_bytes(4, "big")).decode().lower()[:_SUM_CHARS]
 
 
 # --- which hub ----------------------------------------------------------------------------------------------

@@ -24,3 +24,18 @@ def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
     with LocalCluster(tmp_path / "c") as running:
         yield running
         print(running.tails())
+
+
+@pytest.fixture
+def houseless(tmp_path: Path) -> Iterator[LocalCluster]:
+    """Without a house worker, so that every job goes to the worker that the test will kill."""
+    with LocalCluster(tmp_path / "c", house_worker=False) as running:
+        yield running
+        print(running.tails())
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    return folder

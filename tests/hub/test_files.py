@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 
 import pytest
 
@@ -117,3 +119,24 @@ def test_the_same_piece_twice_at_once_is_written_once(hub: Hub) -> None:
 
     assert any(hub.together(send(), send(), send()))
     assert hub.blobs.read(blob_of(content).hash) == content
+
+
+def test_an_upload_that_was_never_begun_cannot_be_larger_than_any_blob(hub: Hub) -> None:
+    for size in (files.MAX_BLOB_BYTES + 1, 10**18):
+        with pytest.raises(BadInput, match="at most"):
+            hub.run(files.append(hub.desk, f"{'0' * 64}-{size}", 0, b"x"))
+    with pytest.raises(NotFound):
+        hub.run(files.append(hub.desk, f"{'0' * 64}-{'9' * 5000}", 0, b"x"))
+
+
+def test_the_sweep_forgets_uploads_that_nobody_went_on_with(hub: Hub) -> None:
+    old, young = "a" * 64, "b" * 64
+    for hash_ in (old, young):
+        hub.run(files.append(hub.desk, f"{hash_}-10", 0, b"some"))
+    day_ago = time.time() - 25 * 3600
+    os.utime(hub.blobs.part(old), (day_ago, day_ago))
+
+    assert hub.run(files.sweep(hub.desk)) == 1
+
+    assert hub.blobs.part_size(old) == 0
+    assert hub.blobs.part_size(young) == 4

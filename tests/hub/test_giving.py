@@ -128,6 +128,11 @@ def test_a_folder_that_is_too_large_or_a_pattern_that_is_too_wild_is_said() -> N
     assert "too wild" in plan.skipped[0]
 
 
+def test_ignore_files_are_not_so_many_that_reading_them_is_work() -> None:
+    with pytest.raises(BadInput, match="ignore files are longer than 256 kB"):
+        giving._plan([("a", 1)], {f"{n}/.gitignore": "*.log\n" * 5000 for n in range(10)})
+
+
 # --- archives
 
 

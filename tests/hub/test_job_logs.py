@@ -19,6 +19,7 @@ from keeping_kit import Placed, end, job, place, placed_job
 from potluck.errors import BadInput, Conflict, DiskFull, Fenced, NotAllowed, NotFound
 from potluck.hub.commands import keeping
 from potluck.hub.commands.desk import Caller
+from potluck.hub.store import logs
 from potluck.hub.store.logs import LogStore
 from potluck.protocol import LogPiece
 
@@ -333,3 +334,12 @@ def test_a_writer_whose_disk_is_slow_stops_nobody_else(
 
     assert embedded_hub.run(scene()) == ("quick", True)
     assert desk.logs.end(placed.run_id, 1) == 1 << 20
+
+
+def test_a_worker_that_skips_and_skips_leaves_few_files(store: LogStore) -> None:
+    for n in range(500):
+        store.append("run", 1, n * 2, b"x", skip=True)
+
+    assert len(list((store.root / "run" / "1").glob("*.log"))) <= logs.MAX_SEGMENTS
+    assert store.end("run", 1) == 999
+    assert store.read("run", 1, 998, 10).content == b"x"

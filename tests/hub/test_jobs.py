@@ -401,3 +401,26 @@ def test_labels_of_the_hub_win_over_those_of_the_owner(hub: Hub, mia: Caller, bo
         hub.run(machines.label(hub.desk, ADMIN, "nobody", {}))
     with pytest.raises(NotFound):
         hub.run(machines.own(hub.desk, mia, "not the secret"))
+
+
+def test_one_person_cannot_fill_the_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    mia, noa = hub.member("mia"), hub.member("noa")
+    monkeypatch.setattr(jobs, "MOST_OPEN", 2)
+    first, _ = hub.submit_job(mia), hub.submit_job(mia)
+
+    with pytest.raises(Conflict, match="2 jobs that are not over"):
+        hub.submit_job(mia)
+
+    hub.submit_job(noa)
+    hub.run(jobs.stop(hub.desk, mia, first))
+    hub.submit_job(mia)
+
+
+def test_a_jobs_key_is_never_a_runs(hub: Hub) -> None:
+    mia = hub.member("mia")
+    job = hub.submit_job(mia, key="k")
+
+    run = hub.run(runs.create(hub.desk, hub.request(), actor="mia", key=f"job {mia.subject} k"))
+
+    assert run.id != job
+    assert run.mode == "pool"

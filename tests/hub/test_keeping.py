@@ -416,3 +416,29 @@ def test_nobody_hoards_secrets(embedded_hub: Hub, owner: Caller, monkeypatch: py
     with pytest.raises(BadInput, match="which is the most"):
         put(embedded_hub, owner, "C", "1")
     put(embedded_hub, owner, "B", "2")
+
+
+def test_an_answer_with_points_has_a_bounded_size_and_always_one(
+    embedded_hub: Hub, owner: Caller, worker: Caller, placed: Placed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "MAX_ANSWER_BYTES", 500)
+    large = {f"value {n}": 1.0 for n in range(100)}
+    send(
+        embedded_hub, worker, placed, Point(0, 0, large, seq=0), *(Point(n, 0, {"a": 1.0}, seq=n) for n in range(1, 9))
+    )
+
+    found, pieces, after = [], 0, -1
+    while piece := embedded_hub.run(keeping.points(embedded_hub.desk, owner, placed.run_id, after_seq=after)):
+        found += piece
+        pieces, after = pieces + 1, piece[-1].seq
+        if pieces == 9:
+            end(embedded_hub, placed)
+
+    assert [point.seq for point in found] == list(range(9))
+    assert pieces == 2
+
+
+@pytest.mark.parametrize("content", [b'{"x":' + b"[" * 100_000, b'{"x":' + b'{"x":' * 100_000, b"\xff", b"[]"])
+def test_a_tree_that_is_none_is_bad_input(embedded_hub: Hub, content: bytes) -> None:
+    with pytest.raises(BadInput, match="not a list of files"):
+        embedded_hub.run(trees.read_tree(embedded_hub.desk, embedded_hub.put(content)))

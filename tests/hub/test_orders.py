@@ -8,7 +8,7 @@ import pytest
 
 from hub_kit import Hub, check_jobs, machine
 from potluck.domain.job import Resources
-from potluck.errors import BadInput, Fenced, NotKnown
+from potluck.errors import BadInput, Conflict, Fenced, NotKnown
 from potluck.hub import upkeep
 from potluck.hub.commands import attempts, jobs, machines, people, placing, secrets, work
 from potluck.hub.commands.desk import Caller
@@ -145,6 +145,28 @@ def test_a_stopped_job_is_ended_with_a_short_grace_and_said_once_in_a_while(hub:
 
     assert not hub.run(again())
     assert hub.orders(box, lease.id).end == [end]
+
+
+def test_a_worker_that_never_says_that_a_stopped_job_ended_is_not_waited_for(
+    hub: Hub, mia: Caller, box: Caller
+) -> None:
+    lease = given(hub, box, mia)
+    hub.run(attempts.progress(hub.desk, box, lease.id, JobProgress("running")))
+    hub.run(jobs.stop(hub.desk, mia, lease.run_id))
+    assert hub.run(attempts.expire(hub.desk)) == 0
+    with pytest.raises(Conflict, match="still being ended"):
+        hub.run(jobs.retry(hub.desk, mia, lease.run_id))
+
+    hub.sql("UPDATE runs SET ended_at = now() - interval '16 minutes' WHERE id = %(id)s", id=lease.run_id)
+    hub.orders(box, lease.id)  # it renews all the same
+    assert hub.run(attempts.expire(hub.desk)) == 1
+
+    check_jobs(hub)
+    assert hub.orders(box, lease.id).drop == [lease.id]
+    view = hub.job(mia, lease.run_id)
+    assert (view.state, view.attempts[0].state) == ("cancelled", "lost")
+    assert "did not say" in view.attempts[0].reason
+    assert hub.run(jobs.retry(hub.desk, mia, lease.run_id)).state == "queued"
 
 
 def test_a_job_that_is_stopped_before_it_arrives_has_nothing_to_end(hub: Hub, mia: Caller, box: Caller) -> None:
@@ -589,3 +611,42 @@ def test_resources_that_no_job_asked_for_are_not_reserved(hub: Hub, mia: Caller,
     lease = given(hub, box, mia, resources=Resources())
 
     assert (lease.memory_bytes, lease.disk_bytes, lease.vram_bytes) == (0, 0, 0)
+
+
+def test_nothing_is_read_or_kept_for_a_worker_without_the_lease(hub: Hub, mia: Caller, box: Caller) -> None:
+    lease = given(hub, box, mia)
+    spy = hub.join("spy")
+    loot = hub.project(loot=b"bytes that a sweep should take")
+    strange = "00000000-0000-4000-8000-000000000000"
+
+    for id_ in (lease.id, strange):
+        with pytest.raises(Fenced):
+            hub.run(attempts.checkpoint(hub.desk, spy, id_, CheckpointReport(loot, 1, 1)))
+        assert not hub.end_job(spy, id_, outputs=loot).accepted
+    hub.end_job(box, lease.id)
+    assert not hub.end_job(box, lease.id, code=1, outputs=loot).accepted  # it was its own, and is over
+
+    assert not hub.one("SELECT kept FROM blobs WHERE hash = %(h)s", h=loot.hash)
+
+
+@pytest.mark.parametrize("note", ["a\0b", "\ud800", "x" * 300_000])
+def test_an_end_does_not_fail_on_notes_that_the_ledger_cannot_hold(
+    hub: Hub, mia: Caller, box: Caller, note: str
+) -> None:
+    lease = given(hub, box, mia)
+
+    assert hub.end_job(box, lease.id, environment={"packages": [note]}).accepted
+
+    view = hub.job(mia, lease.run_id)
+    assert view.state == "succeeded"
+    assert "left out" in str(view.attempts[0].environment["note"])
+
+
+def test_notes_do_not_grow_without_end(hub: Hub, mia: Caller, box: Caller) -> None:
+    lease = given(hub, box, mia)
+
+    for n in range(10):
+        said = JobProgress("running", environment={f"note {n}": "x" * 200_000})
+        hub.run(attempts.progress(hub.desk, box, lease.id, said))
+
+    assert len(hub.job(mia, lease.run_id).attempts[0].environment) == 5

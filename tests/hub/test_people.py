@@ -175,3 +175,19 @@ def test_no_credential_and_an_unknown_one_say_what_to_do(hub: Hub) -> None:
         hub.run(people.authenticate(hub.desk, ""))
     with pytest.raises(NotKnown, match="fresh link"):
         hub.run(people.authenticate(hub.desk, "stolen"))
+
+
+def test_revoking_a_members_link_stops_their_jobs_and_nobody_elses(hub: Hub) -> None:
+    eve, mia, box = hub.member("eve"), hub.member("mia"), hub.join("box")
+    runs_there = hub.submit_job(eve)
+    hub.orders(box)
+    assert hub.place() == 1
+    (lease,) = hub.orders(box).leases
+    waits, other = hub.submit_job(eve), hub.submit_job(mia)
+    link = hub.one("SELECT invite_id FROM credentials WHERE subject = %(s)s", s=eve.subject)
+
+    hub.run(people.revoke_invite(hub.desk, link, actor="the test"))
+
+    states = {id_: hub.job(mia, id_).state for id_ in (runs_there, waits, other)}
+    assert states == {runs_there: "cancelled", waits: "cancelled", other: "queued"}
+    assert [end.lease_id for end in hub.orders(box, lease.id).end] == [lease.id]

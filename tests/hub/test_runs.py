@@ -10,7 +10,7 @@ import pytest
 from hub_kit import Hub, check_accounts, check_positions
 from potluck.errors import BadInput, Conflict, NotFound, UnknownSetting
 from potluck.hub import upkeep
-from potluck.hub.commands import rounds, runs, work
+from potluck.hub.commands import reports, rounds, runs, work
 from potluck.hub.commands.desk import Caller
 from potluck.protocol import Blob, HeartbeatRequest, Lease, Progress, RecipeRef, Report, Shard
 
@@ -295,7 +295,7 @@ def test_who_waits_for_a_version_is_woken_by_it(hub: Hub, house: Caller, ann: Ca
             "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%%'"
         ):
             await asyncio.sleep(0.02)
-        await work.report(hub.desk, house, lease.id, report)
+        await reports.report(hub.desk, house, lease.id, report)
         await hub.desk.news.wait(ticket, 25)
         found = await waiting
         ears.cancel()

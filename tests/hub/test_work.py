@@ -9,7 +9,7 @@ import pytest
 
 from hub_kit import Hub, check_accounts, check_positions, size
 from potluck.errors import BadInput, BadUpdate, NotFound
-from potluck.hub.commands import people, runs, work
+from potluck.hub.commands import people, reports, runs, work
 from potluck.hub.commands.desk import Caller
 from potluck.protocol import Blob, HeartbeatRequest, Progress, Report
 
@@ -62,7 +62,7 @@ def test_the_same_report_twice_at_once_counts_once(hub: Hub, house: Caller, ann:
     lease = hub.unit(ann, run)
     report = hub.unit_report(lease)
 
-    answers = hub.together(*(work.report(hub.desk, ann, lease.id, report) for _ in range(4)))
+    answers = hub.together(*(reports.report(hub.desk, ann, lease.id, report) for _ in range(4)))
 
     assert all(answer.accepted for answer in answers)
     assert hub.view(run).fates.pending == 170
@@ -246,7 +246,7 @@ def test_a_report_and_the_end_of_its_lease_at_once_leave_one_outcome(hub: Hub, h
         hub.let_lapse()
 
         hub.together(
-            work.report(hub.desk, who, lease.id, report),
+            reports.report(hub.desk, who, lease.id, report),
             work.expire(hub.desk),
             work.heartbeat(hub.desk, who, HeartbeatRequest([Progress(lease.id)])),
             work.leave(hub.desk, who),
@@ -261,11 +261,11 @@ def test_a_report_and_a_stop_at_once_leave_nothing_pending(hub: Hub, house: Call
         run = hub.start_run(house)
         who = hub.join(f"w{n}")
         leases = [hub.unit(who, run, 100) for _ in range(2)]
-        reports = [hub.unit_report(lease) for lease in leases]
+        said = [hub.unit_report(lease) for lease in leases]
         hub.run(runs.move(hub.desk, run, "stop", actor="the test"))  # the second stop is the one that waits for nobody
 
         hub.together(
-            *(work.report(hub.desk, who, lease.id, report) for lease, report in zip(leases, reports, strict=True)),
+            *(reports.report(hub.desk, who, lease.id, report) for lease, report in zip(leases, said, strict=True)),
             runs.move(hub.desk, run, "stop", actor="the test"),
         )
 

@@ -8,6 +8,7 @@ credential but no right.
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Room:
     job: str
     lease: JobLease
     project: str
+    tree: str
 
     def as_(self, who: str) -> Hub:
         return Hub(self.address, self.tokens[who])
@@ -79,7 +81,7 @@ def room(embedded_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         app = make_app(desk, lambda: upkeep.hear(desk), lambda: upkeep.run_forever(desk))
         address = stack.enter_context(serving(app))
         folder = tmp_path_factory.mktemp("project")
-        (folder / "train.py").write_text(SECRET_CODE)
+        (folder / "hush.py").write_text(SECRET_CODE)
         with Hub(address, tokens["ann"]) as ann, Hub(address, tokens["box"]) as box:
             box.orders(orders(), 0)
             tree = ann.upload_tree(folder, project.pack(folder))
@@ -89,7 +91,7 @@ def room(embedded_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             box.send_log(lease.id, 0, b"loss 0.5\n")
             box.end(lease.id, JobReport("exited", exit_code=0, outputs=tree))
         code = next(file.blob.hash for file in project.pack(folder).files)
-        yield Room(address, tokens, job, lease, code)
+        yield Room(address, tokens, job, lease, code, tree.hash)
 
 
 def _claimed(box: Hub) -> JobLease:
@@ -97,6 +99,28 @@ def _claimed(box: Hub) -> JobLease:
         if leases := box.orders(orders(), 5).leases:
             return leases[0]
     raise AssertionError("the job was not placed")
+
+
+@pytest.mark.parametrize("who", ["viewer", "bob", "spy"])
+def test_nothing_that_a_stranger_may_read_names_a_hash_or_a_file_of_a_job(room: Room, who: str) -> None:
+    """A blob is given to anybody with a credential who names its hash: so nobody else may ever hear of one."""
+    headers = {"Authorization": f"Bearer {room.tokens[who]}"}
+    secret = [room.project, room.tree, "hush.py", "loss 0.5"]
+    with httpx2.Client(base_url=room.address, timeout=30, headers=headers) as http:
+        paths = [path for path, methods in http.get("/api/v1/openapi.json").json()["paths"].items() if "get" in methods]
+        filled = [re.sub(r"\{[^}]+\}", room.job, path) for path in paths if "/schemas/" not in path]
+        told = {}
+        for path in (*filled, "/", "/queue", "/workers", f"/jobs/{room.job}", f"/jobs/{room.job}/log.txt"):
+            answer = http.get(path)
+            assert answer.status_code < 500, path
+            told[path] = answer.text
+        for query in (f"job={room.job}", "show=queue", "show=workers", ""):
+            with http.stream("GET", f"/live?{query}") as answer:
+                pieces = (piece for piece in answer.iter_text() if "event: page" in piece)
+                told[f"/live?{query}"] = next(pieces) if answer.status_code == 200 else ""
+
+    assert room.job in told["/api/v1/jobs"]
+    assert [(path, word) for path, text in told.items() for word in secret if word in text] == []
 
 
 @pytest.mark.parametrize("path", ["/jobs", "/queue", "/workers", "/runs", "/events"])

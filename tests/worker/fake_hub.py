@@ -5,12 +5,12 @@ from __future__ import annotations
 import ssl
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import msgspec
+from fake_http import Refusal, Requests, Server
 
 from potluck.blobs import BlobStore
 from potluck.domain.job import JobSpec
@@ -34,7 +34,6 @@ from potluck.protocol import (
     OrdersAnswer,
     OrdersRequest,
     Point,
-    Problem,
     RecipeRef,
     Report,
     ReportAnswer,
@@ -47,15 +46,6 @@ from potluck.protocol import (
     Version,
 )
 from potluck.settings import hash_token
-
-TITLES = {
-    401: "not_known",
-    403: "not_allowed",
-    404: "not_found",
-    409: "conflict",
-    426: "version_mismatch",
-    503: "try_later",
-}
 
 
 class FakeHub:
@@ -105,7 +95,7 @@ class FakeHub:
 
     def start(self) -> FakeHub:
         handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = _Server(("127.0.0.1", self.port), handler)
+        self.server = Server(("127.0.0.1", self.port), handler)
         if self.tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(*self.tls)
@@ -240,112 +230,15 @@ class FakeHub:
         return next((report for lease_id, report in self.reports if lease_id == id_), None)
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    allow_reuse_address = True
-    request_queue_size = 64
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.lines: set[Any] = set()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self.lines.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self.lines.discard(request)
-        super().shutdown_request(request)
-
-    def cut_all(self) -> None:
-        for line in list(self.lines):
-            self.shutdown_request(line)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        return
-
-
-class _Problem(Exception):
-    def __init__(self, status: int, detail: str) -> None:
-        self.status, self.detail = status, detail
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Requests):
     hub: FakeHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: Any) -> None:
-        return
-
-    def handle_any(self) -> None:
-        hub = self.hub
-        url = urlsplit(self.path)
-        path = url.path.removeprefix("/api/v1")
-        self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
-        length = int(self.headers.get("Content-Length") or 0)
-        hub.calls.append((self.command, path))
-        for prefix, count in hub.cut.items():
-            if path.startswith(prefix) and count and self.command in ("PATCH", "GET"):
-                hub.cut[prefix] -= 1
-                self.cut(path, length)
-                return
-        body = self.rfile.read(length)
-        if hub.bare:
-            self.answer(200, b"<html>It works!</html>", {"Content-Type": "text/html"}, header=False)
-            return
-        for prefix, statuses in hub.fail.items():
-            if path.startswith(prefix) and statuses:
-                self.problem(statuses.pop(0), "made to fail")
-                return
-        try:
-            self.route(path, body)
-        except _Problem as problem:
-            self.problem(problem.status, problem.detail)
-        except msgspec.MsgspecError as error:
-            self.problem(422, str(error))
-
-    do_GET = do_POST = do_PATCH = do_DELETE = do_HEAD = handle_any  # noqa: N815
-
-    def cut(self, path: str, length: int) -> None:
-        """Take or give half of the bytes, then hang up."""
-        if self.command == "PATCH":
-            half = self.rfile.read(length // 2)
-            self.hub.blobs.append(path.split("/")[2].split("-")[0], int(self.query["offset"]), half)
-        else:
-            content = self.hub.blobs.read(path.split("/")[2])
-            self.send_response(200)
-            self.send_header("Potluck-Protocol", "1")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[: len(content) // 2])
-        self.close_connection = True
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, *, header: bool = True) -> None:
-        self.send_response(status)
-        if header:
-            self.send_header("Potluck-Protocol", "1")
-        for name, value in (headers or {"Content-Type": "application/json"}).items():
-            self.send_header(name, value)
-        if status != 204:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if status != 204 and self.command != "HEAD":
-            self.wfile.write(body)
-
-    def say(self, value: Any, status: int = 200) -> None:
-        self.answer(status, msgspec.json.encode(value))
-
-    def problem(self, status: int, detail: str) -> None:
-        code = TITLES.get(status, "bad_input" if status == 422 else "internal")
-        body = msgspec.json.encode(Problem(f"https://potluck/{code}", code, status, detail, code))
-        self.answer(status, body, {"Content-Type": "application/problem+json"})
 
     def route(self, path: str, body: bytes) -> None:
         hub, parts = self.hub, path.strip("/").split("/")
         if path == "/join":
             request = msgspec.json.decode(body, type=JoinRequest)
             if not hub.codes.get(request.code):
-                raise _Problem(403, "this link was used up or never existed: ask for a new one")
+                raise Refusal(403, "this link was used up or never existed: ask for a new one")
             hub.codes[request.code] -= 1
             hub.joined.append(request)
             hub.tokens[request.token_sha256] = f"w{len(hub.joined)}"
@@ -353,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         worker = hub.tokens.get(hash_token(self.headers.get("Authorization", "").removeprefix("Bearer ")))
         if worker is None:
-            raise _Problem(401, "this credential was revoked")
+            raise Refusal(401, "this credential was revoked")
         match self.command, parts:
             case "GET", ["hub"]:
                 self.say(HubInfo("testhub", "0", 1, 1, "now"))
@@ -385,7 +278,7 @@ class _Handler(BaseHTTPRequestHandler):
                 offset = int(self.query["offset"])
                 have = hub.blobs.append(hash_, offset, body)
                 if have != offset + len(body):
-                    raise _Problem(409, f"go on at offset {have}")
+                    raise Refusal(409, f"go on at offset {have}")
                 if have == int(size):
                     hub.blobs.commit(hash_)
                 self.say(UploadAnswer(upload_id, have, have == int(size)))
@@ -409,7 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
             case "POST", ["leases", lease_id, what] if what in ("progress", "log", "points", "checkpoint", "end"):
                 self.of_job(lease_id, what, body)
             case _:
-                raise _Problem(404, f"no route {self.command} {path}")
+                raise Refusal(404, f"no route {self.command} {path}")
 
     def blob(self, hash_: str) -> None:
         content = self.hub.blobs.read(hash_)
@@ -456,7 +349,7 @@ class _Handler(BaseHTTPRequestHandler):
             return ReportAnswer(False, "too late: the lease lapsed")
         for blob in (report.update, report.delta, report.snapshot, report.state, report.image):
             if blob is not None and not hub.blobs.has(blob.hash):
-                raise _Problem(422, "its bytes never arrived")
+                raise Refusal(422, "its bytes never arrived")
         hub.reports.append((lease_id, report))
         hub.answers[lease_id] = ReportAnswer(True, "accepted")
         if hub.merge_on_report and lease.kind == "unit" and report.outcome == "done":
@@ -494,12 +387,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.say(hub.job_answers[lease_id])
             return
         if lease_id not in hub.jobs:
-            raise _Problem(409, "the hub has moved on")
+            raise Refusal(409, "the hub has moved on")
         match what:
             case "log":
                 log, offset = hub.logs.setdefault(lease_id, bytearray()), int(self.query["offset"])
                 if offset > len(log) and "skip" not in self.query:
-                    raise _Problem(409, f"go on at offset {len(log)}")
+                    raise Refusal(409, f"go on at offset {len(log)}")
                 log[offset:] = body
                 self.say({"offset": len(log)})
                 return

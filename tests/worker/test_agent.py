@@ -238,7 +238,7 @@ def test_a_child_that_does_not_hand_in_is_given_up_and_its_unit_returned(
 
 
 def test_a_silent_child_is_ended(edge: FakeHub, start: Any, child_log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potluck.worker.state.SILENT_S", 0.8)
+    monkeypatch.setattr("potluck.worker.pulse.SILENT_S", 0.8)
     silent, good = edge.unit(hang_at=3), edge.unit(steps=2)
     edge.give(silent)
 

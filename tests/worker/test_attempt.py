@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from agent_kit import until
+from package_kit import wheel
 
 from potluck.domain.job import JobSpec, Resources
-from potluck.errors import BadInput
+from potluck.errors import BadInput, PotluckError
 from potluck.protocol import JobReport
-from potluck.worker.jobs import local, output
+from potluck.worker.jobs import builds, executors, local, output
 from potluck.worker.jobs.attempt import command_of, key_of, proxies
+from potluck.worker.jobs.locks import try_lock
 from potluck.worker.jobs.output import Output
 from potluck.worker.line import GivenUp
 
@@ -141,8 +144,8 @@ def test_several_processes_run_below_torchrun_whatever_the_command_is() -> None:
 
     assert command_of(["python", "train.py"], 1, python) == ["python", "train.py"]
     assert command_of(["python", "train.py"], 2, python) == [
-        *["/env/bin/python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"],
-        *["python", "train.py"],
+        *["/env/bin/python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        *["--local-addr=127.0.0.1", "--no-python", "python", "train.py"],
     ]
 
 
@@ -174,7 +177,9 @@ class Here:
         self.output = b""
         self.stop = threading.Event()
 
-    def run(self, script: str, *, secrets: dict[str, str] | None = None, **spec: Any) -> JobReport:
+    def run(
+        self, script: str, *, secrets: dict[str, str] | None = None, executor: str = "process", **spec: Any
+    ) -> JobReport:
         (self.folder / "main.py").write_text(script)
         wanted = JobSpec(["python", "main.py"], name="here", secrets=sorted(secrets or {}), **{"grace_s": 5.0, **spec})
         return local.run_local(
@@ -182,7 +187,7 @@ class Here:
             self.folder,
             self.out,
             secrets=secrets or {},
-            executor="process",
+            executor=executor,
             say=self.said.append,
             on_output=self._heard,
             stop=self.stop,
@@ -217,8 +222,82 @@ print(os.environ["KEY"])
     assert (report.outcome, report.exit_code, report.executor) == ("exited", 0, "process"), here.output
     assert here.output == b"yes 1 abc\n***\n"
     assert (here.out / "model").read_text() == "m"
-    assert (here.out / local.CHECKPOINTS / "step").read_text() == "3"
+    assert sorted(path.name for path in here.out.iterdir()) == ["model", "old"]
     assert not list((tmp_path / "potluck/cache/local").iterdir())
+
+
+def test_the_checkpoint_of_a_local_run_that_failed_is_kept_beside_its_results(here: Here) -> None:
+    script = """
+import os, pathlib
+pathlib.Path(os.environ["POTLUCK_OUTPUT_DIR"], "log").write_text("l")
+pathlib.Path(os.environ["POTLUCK_CHECKPOINT_DIR"], "step").write_text("3")
+raise SystemExit(1)
+"""
+
+    report = here.run(script)
+
+    assert report.exit_code == 1
+    assert (here.out / "log").read_text() == "l"
+    assert (here.out / local.CHECKPOINTS / "step").read_text() == "3"
+    assert any(str(here.out / local.CHECKPOINTS) in line for line in here.said)
+
+
+def test_what_a_killed_local_run_left_is_cleared_away_and_a_live_ones_is_not(here: Here, tmp_path: Path) -> None:
+    place = tmp_path / "potluck/cache/local"
+    dead, alive = place / "local-dead", place / "local-alive"
+    for folder in (dead, alive):
+        (folder / "work").mkdir(parents=True)
+    (place / "local-dead.lock").touch()
+    held = try_lock(place / "local-alive.lock")
+    assert held is not None
+
+    here.run("print('hello')")
+
+    assert sorted(path.name for path in place.iterdir()) == ["local-alive", "local-alive.lock"]
+    held.close()
+
+
+def test_results_that_cannot_be_brought_home_are_not_lost(here: Here) -> None:
+    (here.out / "model").mkdir(parents=True)
+    script = "import os, pathlib; pathlib.Path(os.environ['POTLUCK_OUTPUT_DIR'], 'model').write_text('m')"
+
+    with pytest.raises(PotluckError, match="could not be brought to") as caught:
+        here.run(script)
+
+    kept = Path(str(caught.value).rpartition("They are in ")[2])
+    assert (kept / "output" / "model").read_text() == "m"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only an agent that is root changes the user")
+def test_results_of_a_sandboxed_local_run_belong_to_the_caller_and_the_project_stays_as_it_was(here: Here) -> None:
+    found = {one.name: one for one in executors.found()}["bubblewrap"]
+    if not found.works:
+        pytest.skip(found.reason)
+    (here.folder / "data").mkdir()
+    (here.folder / "data" / "set").write_text("1")
+    here.out.mkdir()
+    (here.out / "mine").write_text("from before")
+    script = """
+import os, pathlib
+assert os.getuid() != 0
+out = pathlib.Path(os.environ["POTLUCK_OUTPUT_DIR"])
+(out / "deep").mkdir()
+(out / "deep" / "model").write_text("m")
+(out / "link").symlink_to("/etc/passwd")
+pathlib.Path(os.environ["POTLUCK_CHECKPOINT_DIR"], "step").write_text("3")
+pathlib.Path("data/set").write_text("2")
+raise SystemExit(1)
+"""
+
+    report = here.run(script, executor="bubblewrap")
+
+    assert (report.exit_code, report.executor) == (1, "bubblewrap"), here.output
+    everything = [here.folder, *here.folder.rglob("*")]
+    assert {(path.lstat().st_uid, path.lstat().st_gid) for path in everything} == {(0, os.getegid())}
+    assert (here.out / "deep" / "model").read_text() == "m"
+    assert (here.out / local.CHECKPOINTS / "step").read_text() == "3"
+    assert (here.folder / "data" / "set").read_text() == "1"
+    assert not (here.out / "link").is_symlink()
 
 
 def test_an_exit_code_and_a_signal_come_through(here: Here) -> None:
@@ -272,3 +351,83 @@ def test_an_environment_that_cannot_be_built_fails_with_its_reason(here: Here) -
     assert "missing.txt" in report.reason
     assert here.output == b""
     assert os.path.isdir(here.out)
+
+
+# --- with other Pythons and several processes
+
+RANKS = """
+import os, signal, sys, time
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+total = torch.tensor([dist.get_rank() + 1.0])
+dist.all_reduce(total)
+print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: {total.item():.0f}", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("executor", "network"), [("process", True), ("bubblewrap", True), ("bubblewrap", False)])
+def test_two_processes_of_one_job_add_up(here: Here, executor: str, network: bool) -> None:
+    pytest.importorskip("torch")
+    found = {one.name: one for one in executors.found()}[executor]
+    if not found.works:
+        pytest.skip(found.reason)
+
+    report = here.run(RANKS, executor=executor, procs=2, network=network)
+
+    assert (report.exit_code, report.executor) == (0, executor), here.output
+    for rank in range(2):
+        assert f"rank {rank} of 2: 3".encode() in here.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["process", "bubblewrap"])
+def test_each_of_several_processes_may_save_when_the_job_is_to_end(here: Here, executor: str) -> None:
+    pytest.importorskip("torch")
+    found = {one.name: one for one in executors.found()}[executor]
+    if not found.works:
+        pytest.skip(found.reason)
+    script = """
+import os, pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path(os.environ["POTLUCK_OUTPUT_DIR"], os.environ["RANK"]).write_text("saved")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(1000)
+"""
+    ended = threading.Timer(0.0, lambda: until(lambda: here.output.count(b"ready") == 2) and here.stop.set())
+    ended.start()
+
+    report = here.run(script, executor=executor, procs=2, grace_s=60.0)
+
+    assert (report.outcome, report.reason) == ("cancelled", "stopped"), here.output
+    assert [(here.out / str(rank)).read_text() for rank in range(2)] == ["saved", "saved"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_whatever_the_umask_a_sandboxed_job_can_use_its_environment(
+    here: Here, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    found = {one.name: one for one in executors.found()}["bubblewrap"]
+    if not found.works:
+        pytest.skip(found.reason)
+    monkeypatch.setattr(builds, "find_uv", lambda: "")
+    wheel(here.folder / "wheels", "tinyone")
+    (here.folder / "requirements.txt").write_text("--no-index\n./wheels/tinyone-1.0-py3-none-any.whl\n")
+    before = os.umask(umask)
+
+    try:
+        report = here.run(
+            "import potluck, tinyone, os\npotluck.log(1, a=1)\nprint(tinyone.VALUE, os.getcwd())",
+            executor="bubblewrap",
+            requirements="requirements.txt",
+        )
+    finally:
+        os.umask(before)
+
+    assert (report.exit_code, report.executor) == (0, "bubblewrap"), here.output
+    assert b"\n1 /" in b"\n" + here.output

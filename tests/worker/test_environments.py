@@ -20,9 +20,10 @@ import pytest
 from package_kit import Machine, source, wheel
 
 from potluck.errors import DiskFull, PotluckError
-from potluck.worker.jobs import builds, environments
+from potluck.worker.jobs import builds
 from potluck.worker.jobs.builds import BuildStep, BuildStopped, build_environment, last_lines, run_plainly
 from potluck.worker.jobs.environments import Environment, EnvironmentFailed, evict, job_path
+from potluck.worker.jobs.locks import try_lock
 from potluck.worker.jobs.requirements import read
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX shells and links")
@@ -251,7 +252,7 @@ def test_waiting_for_another_builder_ends_when_the_job_shall_end(machine: Machin
     machine.prepare(machine.wheel()).release()
     [record] = (machine.cache / "environments").glob("*.json")
     record.unlink()
-    other = environments._lock(record.with_suffix(".lock"), shared=False)
+    other = try_lock(record.with_suffix(".lock"))
     assert other is not None
     stop = threading.Event()
     stop.set()

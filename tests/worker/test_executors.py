@@ -212,6 +212,30 @@ def test_docker_is_ended_through_its_daemon(tmp_path: Path) -> None:
 
 
 @LINUX
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+@pytest.mark.parametrize("name", ["bubblewrap", "podman"])
+def test_a_job_can_read_what_programs_look_for_whoever_runs_it(tmp_path: Path, name: str, umask: int) -> None:
+    found = {one.name: one for one in executors.found()}[name]
+    if not found.works:
+        pytest.skip(found.reason)
+    wanted = [f"/etc/{place}" for place in ("passwd", "group", "ld.so.cache", "ssl") if Path("/etc", place).exists()]
+    wanted += ["/sys/devices/system/cpu/online"]
+    line = (
+        'for file; do test -r "$file" || echo "cannot read $file"; done; id -un; echo 1 > "$HOME/own"; touch /tmp/own'
+    )
+    before = os.umask(umask)
+    try:
+        job = start(a_box(tmp_path, "sh", "-c", line, "sh", *wanted), executor=executors.ALL[name])
+        ended = job.ended()
+    finally:
+        os.umask(before)
+
+    assert ended.exit_code == 0, job.said
+    assert "cannot read" not in job.said
+    assert name != "bubblewrap" or job.said == "job\n"
+
+
+@LINUX
 def test_bubblewrap_shares_the_network_only_if_the_job_may_use_it(tmp_path: Path) -> None:
     closed, opened = (argv_of("bubblewrap", a_box(tmp_path, "true", network=may)) for may in (False, True))
 

@@ -384,7 +384,7 @@ def huge() -> bytes:
 )
 def test_after_damage_a_file_is_given_up_and_what_came_before_counts(tmp_path: Path, bad: bytes) -> None:
     (tmp_path / "file").write_bytes(VERSION + record(scalar(1, "a", 1.0)) + bad + record(scalar(3, "c", 1.0)))
-    file = EventFile(tmp_path / "file")
+    file = EventFile(tmp_path, "file")
 
     assert [one.values for one in file.read()] == [{"a": 1.0}]
     assert file.broken
@@ -397,7 +397,7 @@ def test_after_damage_a_file_is_given_up_and_what_came_before_counts(tmp_path: P
 def test_an_event_that_cannot_be_read_is_passed_over(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(record(content) + record(scalar(3, "c", 1.0)))
 
-    assert [one.values for one in EventFile(tmp_path / "file").read()] == [{"c": 1.0}]
+    assert [one.values for one in EventFile(tmp_path, "file").read()] == [{"c": 1.0}]
 
 
 @given(st.binary(max_size=200))
@@ -410,7 +410,7 @@ def test_any_event_is_read_or_passed_over(content: bytes) -> None:
 def test_a_large_file_is_read_in_pieces(tmp_path: Path) -> None:
     count = 30_000
     (tmp_path / "file").write_bytes(b"".join(record(scalar(step, "loss", 1.0)) for step in range(count)))
-    file = EventFile(tmp_path / "file")
+    file = EventFile(tmp_path, "file")
 
     first = file.read()
     behind = file.behind

@@ -229,6 +229,27 @@ def test_a_change_starts_the_wait_again_and_the_next_checkpoint_is_sent_too(
     assert hub.got == [{"a": b"1", "b": b"2"}, {"b": b"3"}]
 
 
+def test_a_single_file_that_is_saved_without_a_pause_is_taken_between_two_saves(
+    watcher: Watcher, hub: Hub, folder: Path
+) -> None:
+    for second in range(40):
+        put(folder, {".part": b"%d" % second})
+        (folder / ".part").replace(folder / "state")
+        watcher.look(second)
+
+    assert hub.got == [{"state": b"16"}, {"state": b"32"}]
+
+
+def test_of_several_files_that_are_saved_without_a_pause_none_is_taken(
+    watcher: Watcher, hub: Hub, folder: Path
+) -> None:
+    for second in range(40):
+        put(folder, {"model": b"%d" % second, "optimizer": b"%d" % second})
+        watcher.look(second)
+
+    assert hub.got == []
+
+
 def test_an_emptied_folder_does_not_replace_the_checkpoint(watcher: Watcher, hub: Hub, folder: Path) -> None:
     put(folder, {"a": b"1"})
     watcher.look(0)

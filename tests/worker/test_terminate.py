@@ -117,9 +117,7 @@ def test_a_script_runs_its_trap(tmp_path: Path, executor: executors.Executor, li
         pytest.param(python(HELPED), id="with a helper started to save"),
     ],
 )
-def test_a_training_saves_once_and_undisturbed(
-    tmp_path: Path, executor: executors.Executor, argv: list[str]
-) -> None:
+def test_a_training_saves_once_and_undisturbed(tmp_path: Path, executor: executors.Executor, argv: list[str]) -> None:
     job = asked_to_end(tmp_path, argv, executor)
 
     ended = job.ended()

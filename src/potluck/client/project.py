@@ -27,15 +27,13 @@ from urllib.parse import urlsplit, urlunsplit
 from potluck.blobs import BlobStore, hash_bytes
 from potluck.client.places import Place, check
 from potluck.client.trees import PARTS
-from potluck.domain.tree import check_path
+from potluck.domain.tree import MAX_FILES, PROJECT_BYTES, check_path
 from potluck.errors import BadInput
 from potluck.protocol import Blob, GitState, Tree, TreeFile
 
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
 
-LIMIT_BYTES = 2_000_000_000
-MAX_FILES = 20_000
 MAX_DIFF_BYTES = 5_000_000
 MAX_NOTES = 100
 ALWAYS = frozenset({".git", "__pycache__", ".venv", PARTS})
@@ -43,7 +41,7 @@ ALWAYS = frozenset({".git", "__pycache__", ".venv", PARTS})
 _GIT_PATIENCE_S = 20.0
 
 
-def pack(folder: Path, *, limit_bytes: int = LIMIT_BYTES, more_ignores: Sequence[str] = ()) -> Tree:
+def pack(folder: Path, *, limit_bytes: int = PROJECT_BYTES, more_ignores: Sequence[str] = ()) -> Tree:
     """The project in `folder` as a tree: every file that no rule leaves out, with its hash.
 
     Symbolic links and special files are left out and noted in `skipped`. Raises `BadInput` with the names of the largest

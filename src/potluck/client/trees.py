@@ -18,6 +18,7 @@ from potluck.blobs import BlobStore, hash_bytes
 from potluck.client import places
 from potluck.client.blobs import PATIENCE_S, Blobs
 from potluck.client.reach import Patience
+from potluck.domain.tree import MAX_TREE_BYTES
 from potluck.errors import BadInput, Conflict, HubUnreachable, LedgerError, NotAHub, TryLater
 from potluck.protocol import Blob, Missing, Tree, TreeFile
 
@@ -27,7 +28,6 @@ SMALL_BYTES = 256 << 10
 BATCH_BYTES = 7 << 20  # the hub takes 8 MiB, the list of hashes included
 BATCH_BLOBS = 1000
 ASK_BLOBS = 5000  # in one `missing` call
-MAX_TREE_BYTES = 16 << 20
 PARTS = ".potluck-parts"
 """The folder in which `fetch_tree` without a store keeps what is under way, so that it can go on."""
 

@@ -11,6 +11,10 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Final
 
+PROJECT_BYTES: Final = 2_000_000_000
+MAX_FILES: Final = 20_000
+MAX_TREE_BYTES: Final = 16 << 20
+"""Of the list of files itself."""
 MOST_PATH: Final = 1000  # bytes: every system takes them, below a folder of its own
 MOST_PART: Final = 255  # bytes
 

@@ -29,7 +29,7 @@ from potluck import settings as settings_
 from potluck.blobs import BlobStore
 from potluck.domain.names import clean_name
 from potluck.errors import Conflict, PotluckError
-from potluck.hub import api, certificate, dashboard, house, upkeep
+from potluck.hub import api, certificate, dashboard, house, tunnel, upkeep
 from potluck.hub.commands import people
 from potluck.hub.commands.desk import Desk
 from potluck.hub.limits import Limits
@@ -86,7 +86,8 @@ def serve(settings: HubSettings) -> int:
     """Run a hub until Ctrl-C. Returns the exit code."""
     # Root's PostgreSQL runs as somebody else, who must be able to pass through; every secret in it is 0600.
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o711 if _is_root() else 0o700)
-    listener = _listen(settings.bind, settings.port)
+    way_in = tunnel.find(settings.tunnel) if settings.tunnel else None
+    listener = _listen(settings.listen_on, settings.port)
     with contextlib.ExitStack() as stack:
         postgres: EmbeddedPostgres | None = None
         if settings.database_url:
@@ -97,16 +98,22 @@ def serve(settings: HubSettings) -> int:
             postgres = EmbeddedPostgres(settings.data_dir / "ledger")
             dsn = postgres.start()
             stack.callback(postgres.stop)
-        return _serve(settings, listener, dsn, postgres)
+        return _serve(settings, listener, dsn, postgres, way_in)
 
 
-def _serve(settings: HubSettings, listener: socket.socket, dsn: str, postgres: EmbeddedPostgres | None) -> int:
+def _serve(
+    settings: HubSettings,
+    listener: socket.socket,
+    dsn: str,
+    postgres: EmbeddedPostgres | None,
+    way_in: tunnel.Tunnel | None,
+) -> int:
     tls = certificate.load_or_make(settings.data_dir / "tls", settings.bind) if settings.use_tls else None
     port = listener.getsockname()[1]
     scheme = "https" if tls else "http"
     place = Place(
-        public=f"{scheme}://{_reachable_host(settings.bind)}:{port}",
-        local=f"{scheme}://{_local_host(settings.bind)}:{port}",
+        public=f"{scheme}://{_reachable_host(settings.listen_on)}:{port}",
+        local=f"{scheme}://{_local_host(settings.listen_on)}:{port}",
         fingerprint=tls.fingerprint if tls else "",
     )
     desk = Desk(
@@ -119,7 +126,7 @@ def _serve(settings: HubSettings, listener: socket.socket, dsn: str, postgres: E
     token = _admin_token(settings.data_dir)
 
     async def announce() -> None:
-        """Once the ledger is open: let the admin in, write hub.json, say where we are, start the house worker."""
+        """Once the ledger is open: let the admin in, write hub.json, say where we are, start what runs beside us."""
         await people.put_admin(desk, token)
         note = {
             "address": place.local,
@@ -128,9 +135,20 @@ def _serve(settings: HubSettings, listener: socket.socket, dsn: str, postgres: E
             "pid": os.getpid(),
         }
         settings_.write_private(settings.data_dir / "hub.json", json.dumps(note, indent=1))
-        await _say_hello(desk, settings, place)
+        hello = await make_hello(desk, settings)
+        beside: list[Awaitable[None]] = []
         if settings.house_worker:
-            await house.keep(desk, settings.data_dir / "house", place.local, token)
+            beside.append(house.keep(desk, settings.data_dir / "house", place.local, token))
+        if way_in is not None:
+
+            def opened(address: str) -> None:
+                desk.move(address)
+                hello.say()
+
+            beside.append(way_in.keep(port, opened))
+        else:
+            hello.say()
+        await asyncio.gather(*beside)
 
     background: list[Background] = [announce, lambda: upkeep.run_forever(desk), lambda: upkeep.hear(desk)]
     background.append(lambda: upkeep.sweep_forever(desk))
@@ -176,6 +194,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._desk.news.close()
         await super().shutdown(sockets)
+        if self.force_exit:  # a second Ctrl-C: uvicorn waits for no request then, and not for our own end either
+            await self.lifespan.shutdown()
 
 
 def _is_root() -> bool:
@@ -233,20 +253,42 @@ def _admin_token(data_dir: Path) -> str:
     return token
 
 
-async def _say_hello(desk: Desk, settings: HubSettings, place: Place) -> None:
-    """What whoever started this needs next, on standard output."""
+async def make_hello(desk: Desk, settings: HubSettings) -> Hello:
     worker = await people.invite(desk, InviteRequest("worker", uses=100, ttl_s=12 * 3600), actor="the hub")
     viewer = await people.invite(desk, InviteRequest("viewer", uses=1000, ttl_s=7 * 86400), actor="the hub")
-    click.echo(
-        f"Potluck {potluck.__version__}: {desk.name} is open at {place.public}\n"
-        f'  a worker joins with   potluck join "{worker.url}"\n'
-        f"  the page              {viewer.url.partition('#')[0]}\n"
-        "  train something       potluck train dcgan --data emoji-people --for 10m\n"
-        "  stop                  Ctrl-C; everything is kept, and `potluck host` goes on"
-    )
-    if not settings.house_worker:
-        click.echo("  no house worker: somebody trusted must merge (potluck invite --trusted)")
-    sys.stdout.flush()
+    return Hello(desk, settings, worker.code, viewer.code)
+
+
+@dataclass
+class Hello:
+    """What whoever started this needs next, on standard output; once more whenever the hub has got another address."""
+
+    desk: Desk
+    settings: HubSettings
+    worker_code: str  # of links: they hold at any address
+    viewer_code: str
+    said: str = ""  # the address that was named
+
+    def say(self) -> None:
+        url = self.desk.public_url
+        join = f"{url}/j/{self.worker_code}" + (f"#fp={self.desk.fingerprint}" if self.desk.fingerprint else "")
+        first = f"Potluck {potluck.__version__}: {self.desk.name} is open at {url}\n"
+        again = f"{self.desk.name} has another address now: {url}\n"
+        click.echo(
+            (again if self.said else first) + f'  a worker joins with   potluck join "{join}"\n'
+            f"  the page              {url}/j/{self.viewer_code}"
+        )
+        if self.said:
+            click.echo(f"  who joined at {self.said} has to join again by the new line")
+        else:
+            click.echo(
+                "  train something       potluck train dcgan --data emoji-people --for 10m\n"
+                "  stop                  Ctrl-C; everything is kept, and `potluck host` goes on"
+            )
+            if not self.settings.house_worker:
+                click.echo("  no house worker: somebody trusted must merge (potluck invite --trusted)")
+        self.said = url
+        sys.stdout.flush()
 
 
 async def _watch(desk: Desk, postgres: EmbeddedPostgres) -> None:

@@ -83,6 +83,13 @@ def comes_from_here(request: Request) -> bool:
     return bool(source) and source.lower() in here  # the second is for proxies that ask us by another name
 
 
+def came_encrypted(request: Request) -> bool:
+    """Whether the browser's end of the line is https. Behind a tunnel or a proxy ours is not."""
+    public = urlsplit(desk_of(request).public_url)
+    by_public_name = request.headers.get("host", "").lower() == public.netloc.lower()
+    return request.url.scheme == "https" or (public.scheme == "https" and by_public_name)
+
+
 def form_token(session: str) -> str:
     """What a form shows to prove that it was made for the owner of this session. It does not give the session away."""
     return hmac.new(session.encode(), b"a form of the potluck page", hashlib.sha256).hexdigest() if session else ""
@@ -101,6 +108,16 @@ async def form_of(request: Request) -> dict[str, str]:
     except ValueError as error:
         raise BadInput(f"this is not a form's content: {error}") from None
     return {name: values[-1] for name, values in fields.items()}
+
+
+async def read_body(request: Request, most: int, what: str) -> bytes:
+    """The whole body, given up as soon as it is longer than `most` bytes."""
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > most:
+            raise BadInput(f"{what} may have at most {most:,} bytes: send it in several")
+    return bytes(content)
 
 
 def require(roles: frozenset[str]) -> Callable[[Request], Awaitable[Caller]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from datetime import timedelta
+from typing import TypeVar
 
 from potluck.errors import PotluckError
 from potluck.hub.commands import attempts, files, placing, rounds, work
@@ -11,10 +13,9 @@ from potluck.hub.commands.desk import Desk
 from potluck.telemetry import logger
 
 log = logger("hub.upkeep")
+T = TypeVar("T")
 RETURN_GRACE = timedelta(seconds=30)
 """How long workers have to come back after the hub was away, before their leases may expire."""
-
-
 SWEEP_EVERY_S = 30.0
 TOGETHER_S = 0.015
 """So long a placement pass waits for more news of the same moment."""
@@ -51,11 +52,7 @@ async def run_forever(desk: Desk) -> None:
 async def _settle_forever(desk: Desk) -> None:
     while not desk.news.closed:
         ticket = desk.news.ticket("rounds")
-        try:
-            wake = await run_once(desk)
-        except PotluckError as error:
-            log.warning("upkeep.waits", reason=str(error))
-            wake = 1.0
+        wake = await _tried("upkeep", run_once(desk), 1.0)
         await desk.news.wait(ticket, wake)
 
 
@@ -63,11 +60,7 @@ async def _place_forever(desk: Desk) -> None:
     """A pass whenever there is news, and now and then while anything waits."""
     while not desk.news.closed:
         ticket = desk.news.ticket("place")
-        try:
-            done = await placing.run_pass(desk)
-        except PotluckError as error:
-            log.warning("placing.waits", reason=str(error))
-            done = placing.Pass(mine=False, took_s=0.5)
+        done = await _tried("placing", placing.run_pass(desk), placing.Pass(mine=False, took_s=0.5))
         if done.placed:
             log.info("jobs.placed", count=done.placed, waiting=done.waiting, took_ms=round(done.took_s * 1000))
         wait_s = (2.0 if done.waiting else 10.0) if done.mine else 0.1
@@ -79,11 +72,19 @@ async def _place_forever(desk: Desk) -> None:
 async def sweep_forever(desk: Desk) -> None:
     while True:
         await asyncio.sleep(SWEEP_EVERY_S)
-        try:
-            if count := await files.sweep(desk):
-                log.info("blobs.swept", count=count)
-        except PotluckError as error:
-            log.warning("sweep.waits", reason=str(error))
+        if count := await _tried("sweep", files.sweep(desk), 0):
+            log.info("blobs.swept", count=count)
+
+
+async def _tried(what: str, work: Awaitable[T], otherwise: T) -> T:
+    """What `work` gives. A loop that ended at its first bug would stop all jobs and runs until the hub is started anew."""
+    try:
+        return await work
+    except PotluckError as error:
+        log.warning(f"{what}.waits", reason=str(error))
+    except Exception as error:
+        log.error(f"{what}.bug", exc_info=error)
+    return otherwise
 
 
 async def hear(desk: Desk) -> None:

@@ -32,10 +32,11 @@ from potluck.protocol import (
     Report,
     Started,
     Stepping,
-    WeightFile,
 )
 from potluck.worker import orders
+from potluck.worker.held import Held
 from potluck.worker.orders import Parts
+from potluck.worker.pulse import Pulse
 from potluck.worker.tasks import LanePolicy, Stage, Tally, Task
 from potluck.worker.words import (
     Abandon,
@@ -69,11 +70,6 @@ STRIKES = 5  # failures in a row after which a run is left to other machines
 HAND_IN_S = 8.0  # what a leaving worker's child gets to hand in
 LEAVE_S = 10.0  # after so long a leaving worker goes; what is not sent stays in the spool
 IDLE_CHILD_S = 600.0  # a child without work holds memory that its owner may want
-SILENT_S = 60.0  # at least; else ten times the usual
-FIRST_STEP_S = 300.0  # imports, the first batch, a compiler
-LONG_TASK_S = 1800.0  # merges and tastes say nothing on the way
-FROZEN_S = 10.0  # a gap between ticks that shows that we ourselves stood still
-RUNS_REMEMBERED = 3  # of which the child holds weights; it keeps four
 
 
 class Lane:
@@ -83,10 +79,7 @@ class Lane:
         self.policy = policy
         self.tasks: OrderedDict[str, Task] = OrderedDict()
         self.child = "absent"  # absent | starting | ready | ending
-        self.have: OrderedDict[str, int] = OrderedDict()  # run → version that the child holds
-        self.news: list[WeightFile] = []  # from what the child holds to the newest here
-        self.news_run = ""
-        self.news_at = 0.0
+        self.held = Held()
         self.answered_at = 0.0  # when the last update's report was answered
         self.watching: WatchRun = WatchRun(None)
         self.asking = False
@@ -97,10 +90,7 @@ class Lane:
         self.strikes: dict[str, int] = {}
         self.tired: set[str] = set()
         self.rates: dict[str, float] = {}
-        self.heard_at = now
-        self.usual_gap_s = 0.0
-        self.stepped_at: float | None = None
-        self.ticked_at = now
+        self.pulse = Pulse(now)
         self.busy_at = now
         self.stopping_since: float | None = None
         self.held_since: float | None = None
@@ -147,7 +137,8 @@ class Lane:
             case NotFetched(lease_id, reason, ours):
                 return self._not_fetched(lease_id, reason, ours, now)
             case ChildSaid(said):
-                self.heard_at = self.busy_at = now
+                self.busy_at = now
+                self.pulse.heard(now)
                 return self._child_said(said, now)
             case ChildDied(reason):
                 return self._child_died(reason, now)
@@ -155,10 +146,7 @@ class Lane:
                 return self._reported(lease_id, accepted, reason, now)
             case NewVersion(run_id, chain):
                 self.watching = WatchRun(None)  # it has fired
-                if run_id in self.have:
-                    known = self.news if run_id == self.news_run else []
-                    self.news = orders.extended(known, chain, self.have[run_id])
-                    self.news_run, self.news_at = run_id, now
+                self.held.hear(run_id, chain, now)
                 return []
             case Beat(drop, hand_in):
                 return [
@@ -190,7 +178,7 @@ class Lane:
         if reason := orders.why_not(lease):
             self.ask_at = now + 30.0
             return self._give_back(task, reason)
-        return [Fetch(lease, self.have.get(lease.run_id))]
+        return [Fetch(lease, self.held.version(lease.run_id))]
 
     def _not_fetched(self, lease_id: str, reason: str, ours: bool, now: float) -> list[Instruction]:
         task = self.tasks.get(lease_id)
@@ -223,14 +211,12 @@ class Lane:
         match said:
             case Started(box_s=box_s, overlap=overlap):
                 task.stage, task.started_at, task.box_s = Stage.WORKING, now, box_s
-                self.stepped_at = None
+                self.pulse.began()
                 if overlap and task.lease.unit:
                     task.window_until = now + task.lease.unit.overlap_s
             case Stepping():
                 task.stage = Stage.WORKING
-                if self.stepped_at is not None:
-                    self.usual_gap_s = max(0.9 * self.usual_gap_s, now - self.stepped_at)
-                self.stepped_at = now
+                self.pulse.stepped(now)
                 task.fraction = said.fraction
                 task.progress = Progress(said.lease_id, said.steps, said.samples, said.samples_per_s, said.loss)
                 if said.samples_per_s > 0:
@@ -238,7 +224,7 @@ class Lane:
             case Rebased():
                 task.window_until = 0.0
             case Failed(reason=reason, code="weights") if task.fetches == 1:
-                self.have.pop(task.lease.run_id, None)
+                self.held.forget(task.lease.run_id)
                 return [Say(f"{task.name}: {reason}"), *self._fetch_again(task)]
             case Failed(reason=reason, code=code):
                 return self._fail(task, reason, code, now)
@@ -260,9 +246,9 @@ class Lane:
 
     def _child_died(self, reason: str, now: float) -> list[Instruction]:
         meant, was_starting = self.child == "ending", self.child == "starting"
-        self.child, self.usual_gap_s, self.stepped_at = "absent", 0.0, None
-        self.have.clear()
-        self.news, self.news_run = [], ""
+        self.child = "absent"
+        self.pulse.gone()
+        self.held.clear()
         if meant:
             at_hand = [t for t in self.tasks.values() if t.stage in (Stage.TOLD, Stage.WORKING)]
             return [wish for task in at_hand for wish in self._give_back(task, "its child was ended")]
@@ -297,7 +283,7 @@ class Lane:
         run = task.lease.run_id
         self.strikes[run] = strikes = self.strikes.get(run, 0) + 1
         if code not in ("nan", "died"):
-            self.have.pop(run, None)  # nobody knows how far it came
+            self.held.forget(run)
         if code != "nan":
             self.ask_at = max(self.ask_at, now + min(30.0, 0.25 * 2.0**strikes))
         wishes: list[Instruction] = [Say(f"{task.name} failed: {reason}", bad=True)]
@@ -355,10 +341,7 @@ class Lane:
     # --- time
 
     def _tick(self, now: float) -> list[Instruction]:
-        if now - self.ticked_at > FROZEN_S:
-            self.heard_at = max(self.heard_at, now)  # we were frozen, and so was the child
-            self.stepped_at = None
-        self.ticked_at = now
+        self.pulse.ticked(now)
         wishes: list[Instruction] = []
         if self.stopping_since is not None and now > self.stopping_since + HAND_IN_S:
             for task in self._at_hand():
@@ -368,8 +351,8 @@ class Lane:
                 wishes += self._give_back(task, "its worker had to begin a job before this was ready")
         at_hand = [t for t in self.tasks.values() if t.stage in (Stage.TOLD, Stage.WORKING)]
         if not at_hand and self.child != "starting":
-            self.heard_at = now
-        elif now - self.heard_at > (limit := self._patience_s()):
+            self.pulse.heard(now)
+        elif (limit := self._silent_too_long_s(now)) is not None:
             reason = f"the training process has been silent for {limit:.0f} s, so it was ended"
             for task in at_hand[:1]:
                 wishes += self._fail(task, reason, "silent", now)
@@ -380,12 +363,9 @@ class Lane:
             wishes += self._end_child(gently=True)
         return wishes
 
-    def _patience_s(self) -> float:
+    def _silent_too_long_s(self, now: float) -> float | None:
         task = self.working()
-        if task is None or task.lease.kind == "unit":
-            known = task is not None and self.stepped_at is not None
-            return max(SILENT_S, 10 * self.usual_gap_s) if known else FIRST_STEP_S
-        return LONG_TASK_S
+        return self.pulse.silent_too_long_s(now, kind=task.lease.kind if task else "unit", at_work=task is not None)
 
     def _end_child(self, *, gently: bool) -> list[Instruction]:
         if self.child in ("absent", "ending"):
@@ -430,7 +410,8 @@ class Lane:
         waiting = any(task.stage in (Stage.FETCHING, Stage.FETCHED) for task in self.tasks.values())
         if self.child != "absent" or not waiting or now < self.restart_at:
             return []
-        self.child, self.heard_at = "starting", now
+        self.child = "starting"
+        self.pulse.heard(now)
         return [StartChild()]
 
     def _tell_next(self, now: float) -> list[Instruction]:
@@ -443,25 +424,27 @@ class Lane:
         if task is None:
             return []
         run, parts = task.lease.run_id, task.parts
-        have = self.have.get(run)
+        have = self.held.version(run)
         if task.lease.kind != "init":
             chain = orders.usable(parts.weights, have)
             if chain is None:
                 return self._fetch_again(task)
-            if task.lease.kind == "unit" and run == self.news_run:
-                chain = orders.extended(chain, self.news, have)
+            if task.lease.kind == "unit":
+                chain = self.held.onto(run, chain)
             if chain:
                 have = chain[-1].version
             assert have is not None
-            self._holds(run, have)
+            self.held.hold(run, have)
             parts = Parts(parts.recipe_path, parts.shard_paths, chain, parts.state_path, parts.update_paths, parts.out)
         unit = task.lease.unit
         tick_s = orders.tick_s(unit.next_tick_s, unit.box_s, now - task.leased_at) if unit else 0.0
         task.stage = Stage.TOLD if task.lease.kind == "unit" else Stage.WORKING
         task.parts = parts
-        self.heard_at = max(self.heard_at, now) if not self.working() else self.heard_at
+        if not self.working():
+            self.pulse.heard(now)
         if task.lease.kind != "unit":
-            task.started_at = self.heard_at = now
+            task.started_at = now
+            self.pulse.heard(now)
         return [
             Tell(orders.order(task.lease, parts, tick_s=tick_s, device=self.policy.device, share=self.policy.share))
         ]
@@ -469,15 +452,7 @@ class Lane:
     def _fetch_again(self, task: Task) -> list[Instruction]:
         task.stage = Stage.FETCHING
         task.fetches += 1
-        return [Fetch(task.lease, self.have.get(task.lease.run_id))]
-
-    def _holds(self, run: str, version: int) -> None:
-        self.have[run] = version
-        self.have.move_to_end(run)
-        while len(self.have) > RUNS_REMEMBERED:
-            self.have.popitem(last=False)
-        if run == self.news_run:
-            self.news = orders.usable(self.news, version) or []
+        return [Fetch(task.lease, self.held.version(task.lease.run_id))]
 
     def _rebase(self, now: float) -> list[Instruction]:
         """Give the unit at work the newer version that has come, while it can still change over.
@@ -492,25 +467,23 @@ class Lane:
             task.window_until = 0.0
             return []
         run = task.lease.run_id
-        if run != self.news_run or not self.news or run not in self.have:
+        if (news_at := self.held.news_at(run)) is None:
             return []
         sending = any(t.stage is Stage.SENDING and t.lease.run_id == run for t in self.tasks.values())
         window_s = task.lease.unit.overlap_s if task.lease.unit else 0.0
-        if (sending or self.news_at < self.answered_at) and now < task.window_until - 0.2 * window_s:
+        if (sending or news_at < self.answered_at) and now < task.window_until - 0.2 * window_s:
             return []
-        chain, self.news = self.news, []
         task.window_until = 0.0
-        self._holds(run, chain[-1].version)
-        return [Tell(Rebase(lease_id=task.lease.id, weights=chain))]
+        return [Tell(Rebase(lease_id=task.lease.id, weights=self.held.take_news(run)))]
 
     def _watch(self, now: float) -> list[Instruction]:
         """While a unit is at work, have every newer version brought here."""
         task = self.working()
         wanted = WatchRun(None)
-        if task is not None and task.lease.kind == "unit" and task.lease.run_id in self.have:
+        if task is not None and task.lease.kind == "unit":
             run = task.lease.run_id
-            newest = self.news[-1].version if self.news and run == self.news_run else -1
-            wanted = WatchRun(run, max(newest, self.have[run]))
+            if self.held.version(run) is not None:
+                wanted = WatchRun(run, self.held.newest(run))
         if wanted == self.watching:
             return []
         self.watching = wanted

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from potluck.domain import access
 from potluck.errors import BadInput
 from potluck.hub.commands import bundles, keeping, secrets
-from potluck.hub.entrance import Asking, At, roles
+from potluck.hub.entrance import Asking, At, read_body, roles
 from potluck.protocol import Blob, LogPiece, Missing, Point, SecretValue, SecretView, Tree
 
 router = APIRouter(prefix="/api/v1")
@@ -25,16 +25,6 @@ _BYTES = {
     }
 }
 _MAX_POINTS_BYTES = 4 << 20
-
-
-async def _body(request: Request, most: int, what: str) -> bytes:
-    """The whole body, given up as soon as it is too long."""
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > most:
-            raise BadInput(f"{what} may have at most {most:,} bytes: send it in several")
-    return bytes(content)
 
 
 def _raw(allowed: frozenset[str], body: dict[str, Any]) -> dict[str, Any]:
@@ -70,14 +60,14 @@ async def add_log(
     skip: bool = False,
 ) -> dict[str, int]:
     """`skip`: what is missing before `offset` is gone for good, go on behind it."""
-    piece = await _body(request, keeping.MAX_PIECE_BYTES, "a piece of a log")
+    piece = await read_body(request, keeping.MAX_PIECE_BYTES, "a piece of a log")
     return await keeping.add_log(desk, caller, lease_id, offset, piece, skip=skip)
 
 
 @router.post("/leases/{lease_id}/points", status_code=204, **_raw(access.WORKERS, _BYTES))
 async def add_points(desk: At, caller: Asking, request: Request, lease_id: str) -> None:
     """A JSON list of points. Read by msgspec: it is fast, and knows no NaN."""
-    content = await _body(request, _MAX_POINTS_BYTES, "a list of points")
+    content = await read_body(request, _MAX_POINTS_BYTES, "a list of points")
     try:
         points = msgspec.json.decode(content, type=list[Point])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -132,7 +122,7 @@ async def missing(desk: At, body: list[Blob]) -> Missing:
 @router.post("/blobs/batch", status_code=204, **_raw(access.GIVERS, _BYTES))
 async def take_bundle(desk: At, request: Request) -> None:
     """One line of JSON, the list of blobs; then their bytes one after the other."""
-    await bundles.take(desk, await _body(request, bundles.MAX_BUNDLE_BYTES, "a bundle"))
+    await bundles.take(desk, await read_body(request, bundles.MAX_BUNDLE_BYTES, "a bundle"))
 
 
 @router.post("/blobs/many", response_class=Response, **roles(access.GIVERS))

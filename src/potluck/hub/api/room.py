@@ -11,9 +11,9 @@ from fastapi.responses import FileResponse
 
 import potluck
 from potluck.domain import access
-from potluck.errors import BadInput, NotFound
-from potluck.hub.commands import files, people, runs, work
-from potluck.hub.entrance import Asking, At, roles
+from potluck.errors import NotFound
+from potluck.hub.commands import files, people, reports, runs, work
+from potluck.hub.entrance import Asking, At, read_body, roles
 from potluck.protocol import (
     OLDEST_PROTOCOL,
     PROTOCOL,
@@ -118,7 +118,7 @@ async def lease(desk: At, caller: Asking, request: Request, body: LeaseRequest, 
 
 @router.post("/leases/{lease_id}/report", **roles(access.WORKERS))
 async def report(desk: At, caller: Asking, lease_id: str, body: Report) -> ReportAnswer:
-    return await work.report(desk, caller, lease_id, body)
+    return await reports.report(desk, caller, lease_id, body)
 
 
 @router.post("/leave", status_code=204, **roles(access.WORKERS))
@@ -141,12 +141,8 @@ async def upload_status(desk: At, upload_id: str) -> UploadAnswer:
 
 @router.patch("/uploads/{upload_id}", **roles(access.GIVERS))
 async def append(desk: At, request: Request, upload_id: str, offset: Annotated[int, Query(ge=0)]) -> UploadAnswer:
-    piece = bytearray()
-    async for part in request.stream():
-        piece += part
-        if len(piece) > files.MAX_PIECE_BYTES:
-            raise BadInput(f"a piece may have at most {files.MAX_PIECE_BYTES:,} bytes: send the blob in several")
-    return await files.append(desk, upload_id, offset, bytes(piece))
+    piece = await read_body(request, files.MAX_PIECE_BYTES, "a piece of a blob")
+    return await files.append(desk, upload_id, offset, piece)
 
 
 @router.head("/blobs/{hash_}", include_in_schema=False, response_class=FileResponse, **roles(access.ANYBODY))

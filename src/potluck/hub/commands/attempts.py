@@ -20,20 +20,23 @@ from potluck.domain.job import JobSpec
 from potluck.domain.names import clean_name
 from potluck.domain.outcome import OUTCOMES, Ending, Standing, Verdict, settle
 from potluck.domain.resources import Grant
-from potluck.errors import BadInput, Fenced, NotFound
+from potluck.errors import BadInput, Fenced
 from potluck.hub.commands import placing
 from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, note, pass_on, spread
+from potluck.hub.commands.forms import MOST_BYTES, amount, as_uuid, count, one_line
 from potluck.hub.commands.trees import OUTPUT_BYTES, read_tree
 from potluck.hub.store import Transaction
 from potluck.protocol import Blob, CheckpointReport, JobProgress, JobReport, Json, ReportAnswer, Usage
 
 HUNG_UP = timedelta(seconds=10)
 """So long may a worker whose connection ended take to ask again. Then its agent is dead, and its jobs with it."""
+OVERDUE = timedelta(minutes=15)
+"""So long after a stop may a worker take to end the job, collect what it left, and say so. One that does not is not
+waited for: the job would be neither over nor to be tried again."""
 AVOID_FOR = timedelta(minutes=10)
 """A worker that gave a job back is not tried again for so long."""
 MAX_NOTES_BYTES = 256 << 10
 """Of what a worker says about the environment of a job."""
-_MOST = 1 << 50
 _STAGES = ("placed", "preparing", "running")
 
 
@@ -69,7 +72,7 @@ async def progress(desk: Desk, caller: Caller, lease_id: str, said: JobProgress)
             environment=as_json(environment),
         )
         moved = stage != held["state"]
-        what = _line(said.text)
+        what = one_line(said.text)
         if moved or what:
             verb = "runs" if said.state == "running" else "is prepared"
             text = f"{job['id']} {verb} on {held['worker']}" + (f": {what}" if what else "")
@@ -80,6 +83,8 @@ async def progress(desk: Desk, caller: Caller, lease_id: str, said: JobProgress)
 
 async def checkpoint(desk: Desk, caller: Caller, lease_id: str, report: CheckpointReport) -> None:
     """From here the next attempt goes on."""
+    async with desk.ledger.transaction() as tx:
+        await _theirs(tx, caller, as_uuid(lease_id))  # nothing is read, and no blob kept, for a stranger
     await read_tree(desk, report.tree, limit_bytes=OUTPUT_BYTES)
     async with desk.ledger.transaction() as tx:
         job, held = await _lock(tx, caller, lease_id)
@@ -93,15 +98,24 @@ async def end(desk: Desk, caller: Caller, lease_id: str, report: JobReport) -> R
         raise BadInput(f"outcome is `{report.outcome[:40]}`: it must be one of {', '.join(OUTCOMES)}")
     if report.outcome == "exited" and report.exit_code is None and not report.signal:
         raise BadInput("a command that exited has an exit code or a signal: send one of them")
-    reason = _line(report.reason)
+    reason = one_line(report.reason)
     facts = Facts(
-        Usage(_seconds(report.usage.wall_s), _seconds(report.usage.cpu_s), _count(report.usage.max_memory_bytes)),
+        Usage(
+            amount(report.usage.wall_s), amount(report.usage.cpu_s), count(report.usage.max_memory_bytes, MOST_BYTES)
+        ),
         report.outputs,
         _notes(report.environment),
         clean_name(report.executor, ""),
-        _count(report.log_bytes),
+        count(report.log_bytes, MOST_BYTES),
     )
-    if report.outputs is not None:
+    id_ = as_uuid(lease_id)
+    async with desk.ledger.transaction() as tx:
+        found = await tx.row("command_lease", lease_id=id_)
+    if found is None or found["kind"] != "command":
+        return ReportAnswer(False, "this hub never gave this lease, or forgot it in a crash: the job is free again")
+    if found["worker_id"] != caller.subject:
+        return ReportAnswer(False, "this lease belongs to another worker")
+    if report.outputs is not None and not found["ended"]:
         try:
             await read_tree(desk, report.outputs, limit_bytes=OUTPUT_BYTES)
         except BadInput as error:  # that it ended counts all the same: nothing may hang on bytes that never come
@@ -109,13 +123,7 @@ async def end(desk: Desk, caller: Caller, lease_id: str, report: JobReport) -> R
             reason = f"{reason}; its outputs are lost: {error}".lstrip("; ")
     code = None if report.exit_code is None else min(max(report.exit_code, -(1 << 31)), (1 << 31) - 1)
     signal = clean_name(report.signal, "")[:20]
-    id_ = _as_uuid(lease_id)
     async with desk.ledger.transaction() as tx:
-        found = await tx.row("command_lease", lease_id=id_)
-        if found is None or found["kind"] != "command":
-            return ReportAnswer(False, "this hub never gave this lease, or forgot it in a crash: the job is free again")
-        if found["worker_id"] != caller.subject:
-            return ReportAnswer(False, "this lease belongs to another worker")
         job, held = await _both(tx, found["run_id"], id_)
         if held["ended_at"] is not None:
             if (held["outcome"], held["exit_code"], held["signal"]) == (report.outcome, code, signal):
@@ -135,7 +143,7 @@ async def end(desk: Desk, caller: Caller, lease_id: str, report: JobReport) -> R
 async def expire(desk: Desk) -> int:
     """Jobs of workers that fell silent, or whose agent ended, go back into the line. Returns how many."""
     async with desk.ledger.transaction() as tx:
-        gone = await tx.rows("gone_commands", hung_up=HUNG_UP)
+        gone = await tx.rows("gone_commands", hung_up=HUNG_UP, overdue=OVERDUE)
     return sum([await give_up(desk, row["run_id"], row["id"], _is_gone) for row in gone])
 
 
@@ -147,6 +155,8 @@ def _is_gone(held: dict[str, Any]) -> Ending | None:
     elif held["late"]:
         patience = held["ttl"].total_seconds()
         reason = f"no sign of life for {patience:g} s" if delivered else "the job did not reach it within a minute"
+    elif held["overdue"]:
+        reason = f"it was told to end, and did not say that it has for {OVERDUE.seconds // 60} minutes"
     else:
         return None
     return Ending("lost" if delivered else "withdrawn", held["worker"], reason=reason, ran=bool(held["ran"]))
@@ -180,7 +190,7 @@ async def give_up(
 
 async def close(tx: Transaction, job: dict[str, Any], lease_id: uuid.UUID, ending: Ending, *, actor: str) -> None:
     """End an attempt in a transaction that holds its run already."""
-    held = await tx.row("lock_command", lease_id=lease_id, hung_up=HUNG_UP)
+    held = await tx.row("lock_command", lease_id=lease_id, hung_up=HUNG_UP, overdue=OVERDUE)
     assert held is not None
     await _close(tx, job, held, ending, Facts(), actor=actor)
 
@@ -238,21 +248,26 @@ async def _close(
 async def _both(tx: Transaction, run_id: str, lease_id: uuid.UUID) -> tuple[dict[str, Any], dict[str, Any]]:
     """The job and the lease, locked in this order."""
     job = await tx.row("lock_job", run_id=run_id)
-    held = await tx.row("lock_command", lease_id=lease_id, hung_up=HUNG_UP)
+    held = await tx.row("lock_command", lease_id=lease_id, hung_up=HUNG_UP, overdue=OVERDUE)
     assert job is not None and held is not None
     return job, held
 
 
 async def _lock(tx: Transaction, caller: Caller, lease_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same for a worker that says something of a live lease of its own; else it is fenced off."""
-    id_ = _as_uuid(lease_id)
-    found = await tx.row("command_lease", lease_id=id_)
-    if found is None or found["kind"] != "command" or found["worker_id"] != caller.subject:
-        raise Fenced("this is no lease of yours: end the job, the hub has given it to nobody or to somebody else")
-    job, held = await _both(tx, found["run_id"], id_)
+    id_ = as_uuid(lease_id)
+    job, held = await _both(tx, await _theirs(tx, caller, id_), id_)
     if held["ended_at"] is not None:
         raise Fenced(f"the lease was {held['outcome']} ({held['said']}): end the job, the hub has moved on")
     return job, held
+
+
+async def _theirs(tx: Transaction, caller: Caller, lease_id: uuid.UUID) -> str:
+    """The job of a lease that is this worker's, live or not; else it is fenced off."""
+    found = await tx.row("command_lease", lease_id=lease_id)
+    if found is None or found["kind"] != "command" or found["worker_id"] != caller.subject:
+        raise Fenced("this is no lease of yours: end the job, the hub has given it to nobody or to somebody else")
+    return str(found["run_id"])
 
 
 def _tell(desk: Desk, run_id: str) -> None:
@@ -270,27 +285,14 @@ def _told(desk: Desk, run_id: str, worker_id: str) -> None:
 # --- forms ----------------------------------------------------------------------------------------------------------
 
 
-def _as_uuid(text: str) -> uuid.UUID:
-    try:
-        return uuid.UUID(text)
-    except ValueError:
-        raise NotFound(f"`{text[:60]}` is not a lease") from None
-
-
-def _line(text: str) -> str:
-    """What strangers typed, in one clean line. A reason may be longer than a name."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:4000]).split())[:500]
-
-
 def _notes(environment: dict[str, Json]) -> dict[str, Json]:
-    if len(msgspec.json.encode(environment)) > MAX_NOTES_BYTES:
+    """What the ledger can hold of them. That an attempt ended must not fail on what its worker says beside it."""
+    try:
+        text = msgspec.json.encode(environment)
+    except ValueError:
+        return {"note": "no text, left out"}
+    if len(text) > MAX_NOTES_BYTES:
         return {"note": f"more than {MAX_NOTES_BYTES:,} bytes, left out"}
+    if rb"\u0000" in text:
+        return {"note": "zero bytes in it, left out"}
     return environment
-
-
-def _count(claimed: int) -> int:
-    return min(max(claimed, 0), _MOST)
-
-
-def _seconds(claimed: float) -> float:
-    return min(claimed, float(_MOST)) if claimed > 0 else 0.0  # not a number is not above 0 either

@@ -13,7 +13,7 @@ import msgspec
 from potluck.blobs import check_hash, hash_bytes
 from potluck.errors import BadInput
 from potluck.hub.commands.desk import Desk, as_json
-from potluck.hub.commands.files import MAX_BLOB_BYTES
+from potluck.hub.commands.files import check_size
 from potluck.protocol import Blob, Missing
 
 MAX_BUNDLE_BYTES = 8 << 20
@@ -92,6 +92,5 @@ async def give(desk: Desk, hashes: Sequence[str]) -> bytes:
 
 def _checked(blob: Blob) -> Blob:
     check_hash(blob.hash)
-    if not 0 <= blob.size_bytes <= MAX_BLOB_BYTES:
-        raise BadInput(f"a blob of {blob.size_bytes:,} bytes: at most {MAX_BLOB_BYTES:,} are taken")
+    check_size(blob.size_bytes)
     return blob

@@ -27,8 +27,12 @@ T = TypeVar("T")
 class News:
     """Who waits for what, inside this process. Subscribe (`ticket`), look, then wait: nothing is missed in between."""
 
+    MOST_TOPICS = 20_000
+
     def __init__(self) -> None:
-        self._count: dict[str, int] = defaultdict(int)
+        self._told = 0  # so often was anything told
+        self._forgotten = 0  # what was told before this is not known any more
+        self._last: dict[str, int] = {}  # topic → when it was told last
         self._waiting: dict[str, set[asyncio.Future[None]]] = defaultdict(set)
         self.closed = False
 
@@ -38,16 +42,21 @@ class News:
         self.tell("")
 
     def ticket(self, topic: str) -> tuple[str, int]:
-        return topic, self._count[topic]
+        return topic, self._last.get(topic, self._forgotten)
 
     def tell(self, topic: str) -> None:
         """Wake everybody who waits for `topic`; "" wakes all."""
         topics = [topic] if topic else list(self._waiting)
         for each in topics:
-            self._count[each] += 1
+            self._told += 1
+            self._last[each] = self._told
             for future in self._waiting.pop(each, ()):
                 if not future.done():
                     future.set_result(None)
+        if len(self._last) > self.MOST_TOPICS:
+            # Every job and worker that ever was has topics of its own. Who holds a ticket now is woken for nothing, once.
+            self._last.clear()
+            self._forgotten = self._told
 
     async def wait(self, ticket: tuple[str, int], timeout_s: float) -> bool:
         """True when there was news since the ticket was taken, False after `timeout_s`."""
@@ -55,7 +64,7 @@ class News:
 
     async def wait_any(self, tickets: Sequence[tuple[str, int]], timeout_s: float) -> bool:
         """Like `wait`, for whichever of several topics has news first."""
-        if any(self._count[topic] != seen for topic, seen in tickets):
+        if any(self.ticket(topic)[1] != seen for topic, seen in tickets):
             return True
         future = asyncio.get_running_loop().create_future()
         for topic, _ in tickets:
@@ -80,6 +89,8 @@ class Memory:
     forecast: Forecast | None = None
     told: dict[tuple[str, str], float] = field(default_factory=dict)
     """(worker, lease) → when it was told to end or drop it, by the loop's clock: not again at every breath."""
+    unpacking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    """Large archives are opened in threads for minutes; logs, blobs and placements need those too."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,10 @@ class Desk:
     lease_ttl_s: float = 15.0
     news: News = field(default_factory=News)
     memory: Memory = field(default_factory=Memory)
+
+    def move(self, public_url: str) -> None:
+        """From now on the hub is found there. The only thing about a desk that ever changes: a tunnel was opened anew."""
+        object.__setattr__(self, "public_url", public_url)
 
     @cached_property
     def logs(self) -> LogStore:

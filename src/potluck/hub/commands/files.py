@@ -14,15 +14,20 @@ MAX_PIECE_BYTES = 8 << 20
 
 async def begin(desk: Desk, blob: Blob) -> UploadAnswer:
     """Where to go on. A blob that is here already is `done`."""
-    if not 0 <= blob.size_bytes <= MAX_BLOB_BYTES:
-        raise BadInput(f"a blob of {blob.size_bytes:,} bytes: at most {MAX_BLOB_BYTES:,} are taken")
+    check_size(blob.size_bytes)
     return await status(desk, f"{blob.hash}-{blob.size_bytes}")
+
+
+def check_size(size_bytes: int) -> None:
+    if not 0 <= size_bytes <= MAX_BLOB_BYTES:
+        raise BadInput(f"a blob of {size_bytes:,} bytes: at most {MAX_BLOB_BYTES:,} are taken")
 
 
 def _parse(upload_id: str) -> Blob:
     hash_, _, size = upload_id.partition("-")
-    if len(hash_) != 64 or not size.isdecimal():
+    if len(hash_) != 64 or not size.isdecimal() or len(size) > 19:
         raise NotFound(f"there is no upload {upload_id[:80]}")
+    check_size(int(size))  # again: an upload's id can be made up without a beginning
     return Blob(hash_, int(size))
 
 
@@ -60,9 +65,12 @@ async def _record(desk: Desk, blob: Blob) -> None:
 
 
 async def sweep(desk: Desk) -> int:
-    """Free the bytes that the model has taken in: merged updates, outer states and snapshots of old versions."""
+    """Free the bytes that the model has taken in: merged updates, outer states and snapshots of old versions.
+
+    And those of uploads that nobody went on with for a day. What a job has (`kept`) stays, with its log and its points.
+    """
     async with desk.ledger.transaction() as tx:
         hashes = [row["hash"] for name in ("sweep_updates", "sweep_versions") for row in await tx.rows(name)]
     for hash_ in hashes:  # after the commit: a crash in between leaves bytes, never a name without bytes
         await asyncio.to_thread(desk.blobs.remove, hash_)
-    return len(hashes)
+    return len(hashes) + await asyncio.to_thread(desk.blobs.forget_stale)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from potluck.domain.tree import check_path, check_tree
+from potluck.domain.tree import MAX_FILES, MAX_TREE_BYTES, PROJECT_BYTES, check_path, check_tree
 from potluck.errors import BadInput, Conflict, NotFound
 from potluck.hub.commands import trees
 from potluck.hub.commands.desk import Caller, Desk, as_json
@@ -29,11 +29,13 @@ from potluck.protocol import Blob, Tree, TreeFile
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
 
-MAX_BYTES = trees.PROJECT_BYTES
+MAX_BYTES = PROJECT_BYTES
 MAX_BATCH_BYTES = 8 << 20
 MAX_IN_BATCH = 1000
 MAX_LISTED = 100_000
 MAX_IGNORE_BYTES = 64 << 10
+MAX_IGNORES_BYTES = 256 << 10
+"""Of all ignore files together: each pattern becomes a program, some kilobytes long."""
 MAX_STARS = 4
 """In one pattern. Each takes the time that a match may need to another power."""
 MAX_NOTES = 100
@@ -105,9 +107,9 @@ def _plan(files: Sequence[tuple[str, int]], ignores: Mapping[str, str]) -> Plan:
             f"the project is {total / 1e9:.2f} GB large, and at most {MAX_BYTES / 1e9:.0f} GB are taken. The largest: "
             f"{names}. Leave out with .potluckignore what the job does not need"
         )
-    if len(keep) > trees.MAX_FILES:
+    if len(keep) > MAX_FILES:
         raise BadInput(
-            f"the project has {len(keep):,} files, and at most {trees.MAX_FILES:,} are taken: leave out with "
+            f"the project has {len(keep):,} files, and at most {MAX_FILES:,} are taken: leave out with "
             ".potluckignore what the job does not need"
         )
     more = len(notes) - MAX_NOTES
@@ -118,6 +120,8 @@ class _Rules:
     """What the ignore files of a folder leave out."""
 
     def __init__(self, ignores: Mapping[str, str], notes: list[str]) -> None:
+        if sum(map(len, ignores.values())) > MAX_IGNORES_BYTES:
+            raise BadInput(f"the folder's ignore files are longer than {MAX_IGNORES_BYTES >> 10} kB: use `potluck run`")
         self._own: dict[str, GitIgnoreSpec] = {}
         self._git: dict[str, GitIgnoreSpec] = {}
         for path, text in ignores.items():
@@ -237,14 +241,14 @@ async def _record(desk: Desk, blobs: Sequence[Blob]) -> None:
 
 async def make_tree(desk: Desk, files: Sequence[GivenFile], skipped: Sequence[str] = ()) -> Project:
     """The project of these files, whose bytes were sent before."""
-    if len(files) > trees.MAX_FILES:
-        raise BadInput(f"the project has {len(files):,} files: at most {trees.MAX_FILES:,} are taken")
+    if len(files) > MAX_FILES:
+        raise BadInput(f"the project has {len(files):,} files: at most {MAX_FILES:,} are taken")
     if why := check_tree(file.path for file in files):
         raise BadInput(why)
     listed = [TreeFile(file.path, Blob(file.hash, file.size_bytes), file.executable) for file in files]
     tree = Tree(sorted(listed, key=lambda file: file.path), [str(note)[:300] for note in skipped[: MAX_NOTES + 1]])
     content = msgspec.json.encode(tree)
-    if len(content) > trees.MAX_TREE_BYTES:
+    if len(content) > MAX_TREE_BYTES:
         raise BadInput("the list of the project's files is too long: leave out what the job does not need")
     blob = await asyncio.to_thread(desk.blobs.add_bytes, content)
     await _record(desk, [blob])
@@ -272,7 +276,8 @@ async def open_zip(desk: Desk, caller: Caller, upload: str, size: int) -> Projec
         finally:
             path.unlink(missing_ok=True)
 
-    files, skipped = await asyncio.to_thread(read)
+    async with desk.memory.unpacking:
+        files, skipped = await asyncio.to_thread(read)
     if files:
         await _record(desk, [Blob(file.hash, file.size_bytes) for file in files])
     return await make_tree(desk, files, skipped)
@@ -281,11 +286,14 @@ async def open_zip(desk: Desk, caller: Caller, upload: str, size: int) -> Projec
 def _unpack(desk: Desk, path: Path) -> tuple[list[GivenFile], list[str]]:
     with Archive(path, limit_bytes=MAX_BYTES) as archive:
         names = [".gitignore", ".potluckignore"]
-        ignores = {
-            entry.path: archive.text(entry)
+        rules = [
+            entry
             for entry in archive.entries
             if entry.path.rpartition("/")[2] in names and entry.size_bytes <= MAX_IGNORE_BYTES
-        }
+        ]
+        if sum(entry.size_bytes for entry in rules) > MAX_IGNORES_BYTES:
+            raise BadInput(f"the archive's ignore files are longer than {MAX_IGNORES_BYTES >> 10} kB: leave some out")
+        ignores = {entry.path: archive.text(entry) for entry in rules}
         found = _plan([(entry.path, entry.size_bytes) for entry in archive.entries], ignores)
         files = []
         for index in found.keep:

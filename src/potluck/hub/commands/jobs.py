@@ -6,6 +6,7 @@ Everybody with a credential sees that a job is there. What is in it belongs to i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from datetime import datetime
 from typing import Any
@@ -23,6 +24,8 @@ from potluck.hub.commands.trees import keep, read_tree
 from potluck.hub.store import Transaction
 from potluck.protocol import AttemptView, GitState, JobRequest, JobView, Outlook, QueueMove, Usage, Why
 
+MOST_OPEN = 10_000
+"""Jobs of one person that are not over: a loop gone wild must not make the line too long for everybody."""
 NOBODY = Caller("nobody", "", "")
 """Who looks when nobody says so: sees no more than a stranger."""
 _NEW = "job-that-is-not-submitted"
@@ -41,6 +44,10 @@ async def submit(desk: Desk, caller: Caller, request: JobRequest, *, key: str | 
                 return await _view(tx, caller, old["id"])
     spec = request.spec
     demand = await _check(desk, caller, spec)
+    async with desk.ledger.transaction() as tx:
+        open_ = await tx.row("count_open_jobs_of", owner=caller.subject)
+    if open_ is not None and open_["count"] >= MOST_OPEN:
+        raise Conflict(f"you have {MOST_OPEN:,} jobs that are not over: stop some, or wait until some have ended")
     await read_tree(desk, request.project)
     async with desk.ledger.transaction() as tx:
         run_id = await new_run_id(tx, spec.name, "job")
@@ -176,6 +183,15 @@ async def stop(desk: Desk, caller: Caller, ref: str) -> JobView:
         pass_on(desk, "orders", [held["worker_id"]])
     _tell(desk, job["id"])
     return view
+
+
+async def stop_all_of(desk: Desk, owner: str, *, actor: str) -> None:
+    """Stop whatever this person has in the line or at work: they have to leave."""
+    async with desk.ledger.transaction() as tx:
+        rows = await tx.rows("open_jobs_of", owner=owner)
+    for row in rows:
+        with contextlib.suppress(Conflict):  # it ended by itself meanwhile
+            await stop(desk, Caller("admin", "", actor), row["id"])
 
 
 async def retry(desk: Desk, caller: Caller, ref: str) -> JobView:

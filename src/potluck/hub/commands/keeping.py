@@ -30,6 +30,8 @@ MAX_VALUES = 1000  # of one point
 MAX_IMAGES = 64
 MAX_IMAGE_BYTES = 4 << 20
 MAX_NAME = 100
+MAX_ANSWER_BYTES = 4 << 20
+"""Of points in one answer: ten thousand may be asked for, and each may have a thousand values."""
 _LOOK_AGAIN_S = 2.0
 
 
@@ -183,7 +185,10 @@ async def points(
     wait_s: float = 0.0,
     limit: int = 1000,
 ) -> list[Point]:
-    """What an attempt (0: the newest) logged after its point `after_seq`, oldest first. Waits while there is nothing."""
+    """What an attempt (0: the newest) logged after its point `after_seq`, oldest first. Waits while there is nothing.
+
+    Fewer than `limit` do not mean that these were all: only none means that.
+    """
     async with desk.ledger.transaction() as tx:
         run_id = (await readable(tx, caller, ref))["id"]
 
@@ -193,7 +198,14 @@ async def points(
             assert row is not None
             if row["number"] is None:
                 return [], row["finished"]
-            found = await tx.rows("points", run_id=run_id, attempt=row["number"], after_seq=after_seq, limit=limit)
+            found = await tx.rows(
+                "points",
+                run_id=run_id,
+                attempt=row["number"],
+                after_seq=after_seq,
+                limit=limit,
+                most_bytes=MAX_ANSWER_BYTES,
+            )
         return [as_type(each, Point) for each in found], bool(found) or row["ended"]
 
     return await _look_until(desk, (f"points:{run_id}", f"job:{run_id}"), wait_s, look)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from potluck.errors import BadInput, NotFound
 from potluck.hub.commands import people
 from potluck.hub.commands.desk import Caller, Desk, as_json, note, pass_on, spread
+from potluck.hub.commands.forms import one_line
 from potluck.hub.commands.orders import clean_labels
 from potluck.hub.store import Transaction
 from potluck.protocol import Quota, WorkerView
@@ -16,7 +17,7 @@ async def drain(desk: Desk, caller: Caller, ref: str, *, draining: bool, reason:
         id_, name = await _find(tx, ref)
         await tx.run("drain_worker", id=id_, draining=draining)
         verb = "drains" if draining else "no longer drains"
-        why = " ".join("".join(c if c.isprintable() else " " for c in reason).split())[:300]
+        why = one_line(reason, 300)
         text = f"{caller.name} {verb} {name}" + (f": {why}" if why else "")
         await note(tx, "worker.draining" if draining else "worker.undrained", id_, text, actor=caller.name)
         await spread(tx, "orders", [id_])

@@ -21,6 +21,7 @@ from potluck.domain.resources import Grant
 from potluck.errors import BadInput, Conflict, LedgerError, NotKnown
 from potluck.hub.commands import attempts, secrets
 from potluck.hub.commands.desk import Caller, Desk, as_blob, as_json, as_type
+from potluck.hub.commands.forms import MOST_BYTES, amount, count
 from potluck.hub.store import Rows, Transaction
 from potluck.protocol import Blob, End, GpuNow, JobLease, MachineNow, OrdersAnswer, OrdersRequest, Rules
 from potluck.telemetry import logger
@@ -36,7 +37,6 @@ TOLD_FOR_S = 3.0
 """What a worker was told a moment ago is no reason to answer at once: it is about it."""
 MOST_HELD = 256
 _GB = 10**9
-_MOST = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ async def _deliver(
             why = str(error)
             log.warning("lease.unusable", run=row["run_id"], reason=why)
             await attempts.give_up(desk, row["run_id"], row["id"], _failed(why))
-    async with desk.ledger.transaction(relaxed=True) as tx:
+    # Not relaxed: a crash that forgot whose it is would let it go after a minute, though it may run for its whole patience.
+    async with desk.ledger.transaction() as tx:
         held = await tx.rows("hold_commands", ids=list(given), worker_id=caller.subject, agent=arrival.request.agent)
     return [given[row["id"]] for row in held]
 
@@ -297,11 +298,11 @@ def _clean(request: OrdersRequest) -> OrdersRequest:
         raise BadInput(f"{len(request.holding)} leases at once: a worker holds at most {MOST_HELD}")
     now = request.now
     machine = MachineNow(
-        _count(now.cpu_cores),
-        _count(now.memory_bytes),
-        _count(now.memory_free_bytes),
-        _count(now.disk_free_bytes),
-        _amount(now.load),
+        count(now.cpu_cores, MOST_BYTES),
+        count(now.memory_bytes, MOST_BYTES),
+        count(now.memory_free_bytes, MOST_BYTES),
+        count(now.disk_free_bytes, MOST_BYTES),
+        amount(now.load),
         [_gpu(gpu) for gpu in now.gpus[:64]],
         clean_name(now.os, "")[:20],
         clean_name(now.arch, "")[:20],
@@ -326,21 +327,13 @@ def _gpu(gpu: GpuNow) -> GpuNow:
     if celsius is not None and not -300 < celsius < 3000:
         celsius = None
     return GpuNow(
-        _count(gpu.index),
+        count(gpu.index, MOST_BYTES),
         clean_name(gpu.name, "a GPU"),
-        _count(gpu.memory_bytes),
-        _count(gpu.free_bytes),
-        min(_amount(gpu.busy), 1.0),
+        count(gpu.memory_bytes, MOST_BYTES),
+        count(gpu.free_bytes, MOST_BYTES),
+        min(amount(gpu.busy), 1.0),
         celsius,
     )
-
-
-def _count(claimed: int) -> int:
-    return min(max(claimed, 0), _MOST)
-
-
-def _amount(claimed: float) -> float:
-    return min(claimed, 1e9) if claimed > 0 else 0.0  # not a number is not above 0 either
 
 
 def _rough(now: MachineNow) -> tuple[Any, ...]:

@@ -11,8 +11,8 @@ from typing import Any
 from potluck.domain.access import ROLES
 from potluck.domain.names import clean_name, unique_name
 from potluck.errors import BadInput, NotAllowed, NotFound, NotKnown, VersionMismatch
-from potluck.hub.commands import attempts
-from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, fair_share, new_id, note
+from potluck.hub.commands import attempts, jobs
+from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, fair_share, new_id, note, pass_on, spread
 from potluck.protocol import (
     OLDEST_PROTOCOL,
     PROTOCOL,
@@ -107,7 +107,7 @@ async def peek_invite(desk: Desk, code: str) -> dict[str, Any] | None:
 
 
 async def revoke_invite(desk: Desk, id_: str, *, actor: str) -> None:
-    """The link and everybody who joined by it, at once."""
+    """The link and everybody who joined by it, at once; their jobs, too, wherever those run."""
     async with desk.ledger.transaction() as tx:
         row = await tx.row("revoke_invite", id=id_)
         if row is None or not row["found"]:
@@ -116,9 +116,11 @@ async def revoke_invite(desk: Desk, id_: str, *, actor: str) -> None:
             await _take_leases(tx, subject, "its link was revoked")
         await note(tx, "invite.revoked", id_, f"{actor} revoked the link {id_}", actor=actor)
         await tx.notify("work")
+        await spread(tx, "orders", row["subjects"] or [])
+    pass_on(desk, "orders", row["subjects"] or [])
     for subject in row["subjects"] or []:
         await attempts.take_back(desk, subject, "its worker's link was revoked")
-        desk.news.tell(f"orders:{subject}")
+        await jobs.stop_all_of(desk, subject, actor=actor)
 
 
 async def join(desk: Desk, request: JoinRequest) -> JoinAnswer:
@@ -178,8 +180,9 @@ async def revoke_worker(desk: Desk, ref: str, *, actor: str) -> str:
         await _take_leases(tx, row["id"], "the worker was revoked")
         await note(tx, "worker.revoked", row["id"], f"{actor} revoked {row['name']}", actor=actor)
         await tx.notify("work")
+        await spread(tx, "orders", [row["id"]])
+    pass_on(desk, "orders", [row["id"]])
     await attempts.take_back(desk, row["id"], "its worker was revoked")
-    desk.news.tell(f"orders:{row['id']}")
     return str(row["name"])
 
 

@@ -34,6 +34,7 @@ MAX_POSITIONS = 1 << 60
 
 async def create(desk: Desk, request: RunRequest, *, actor: str, key: str | None = None) -> RunView:
     """Start a run. The same idempotency key again is the same run."""
+    key = f"run {key}" if key else None  # never the key of a job
     if request.mode != "pool":
         raise BadInput(f"this hub does not know the mode `{request.mode}`: it knows pool")
     settings = PoolSettings().changed(request.settings)

@@ -7,16 +7,13 @@ from collections.abc import Sequence
 
 import msgspec
 
-from potluck.domain.tree import check_tree
+from potluck.domain.tree import MAX_FILES, MAX_TREE_BYTES, PROJECT_BYTES, check_tree
 from potluck.errors import BadInput, NotFound
 from potluck.hub.commands.desk import Desk
 from potluck.hub.store import Transaction
 from potluck.protocol import Blob, Tree
 
-MAX_TREE_BYTES = 16 << 20  # of the list itself
-PROJECT_BYTES = 2_000_000_000
 OUTPUT_BYTES = 10_000_000_000
-MAX_FILES = 20_000
 
 
 async def read_tree(desk: Desk, blob: Blob, *, limit_bytes: int = PROJECT_BYTES) -> Tree:
@@ -53,7 +50,7 @@ async def load(desk: Desk, blob: Blob) -> Tree:
             raise BadInput(f"the list of files {blob.hash[:12]}… has {here.size_bytes:,} bytes: that cannot be right")
         try:
             return msgspec.json.decode(desk.blobs.read(blob.hash), type=Tree)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise BadInput(f"the blob {blob.hash[:12]}… is not a list of files: {error}") from None
 
     return await asyncio.to_thread(read)

@@ -307,7 +307,7 @@ class JobPage:
                 )
                 figures.add(found)
                 left -= len(found)
-                if len(found) < asked:
+                if not found:
                     break
 
     async def _read_outputs(self, desk: Desk, job: JobView) -> tuple[int, Tree | None]:

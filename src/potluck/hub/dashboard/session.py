@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from time import monotonic
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
@@ -18,7 +17,7 @@ from potluck.domain import access
 from potluck.errors import NotAllowed, NotKnown, PotluckError
 from potluck.hub.commands import people
 from potluck.hub.dashboard.answers import Page, page, see
-from potluck.hub.entrance import SESSION_COOKIE, At, comes_from_here, desk_of, form_of, roles
+from potluck.hub.entrance import SESSION_COOKIE, At, came_encrypted, comes_from_here, desk_of, form_of, roles
 from potluck.protocol import JoinRequest
 
 SESSION_S = 7 * 86400
@@ -136,7 +135,7 @@ def _let_in(request: Request, token: str) -> Response:
         path="/",
         httponly=True,
         samesite="strict",
-        secure=urlsplit(str(request.url)).scheme == "https",
+        secure=came_encrypted(request),
     )
     return answer
 

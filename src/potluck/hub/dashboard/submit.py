@@ -20,7 +20,7 @@ from potluck.errors import BadInput, PotluckError
 from potluck.hub.commands import giving, jobs, secrets
 from potluck.hub.commands.desk import Caller, Desk
 from potluck.hub.dashboard.answers import Page, page, see
-from potluck.hub.entrance import Asking, At, form_of, roles
+from potluck.hub.entrance import Asking, At, form_of, read_body, roles
 from potluck.protocol import Blob, JobRequest, Outlook
 
 router = APIRouter(route_class=Page, include_in_schema=False)
@@ -166,14 +166,14 @@ async def plan(body: PlanRequest) -> giving.Plan:
 
 @pieces.post("/batch", **roles(access.MEMBERS))
 async def batch(request: Request, desk: At) -> list[giving.Given]:
-    return await giving.add_small(desk, await _body(request, giving.MAX_BATCH_BYTES))
+    return await giving.add_small(desk, await read_body(request, giving.MAX_BATCH_BYTES, "what is sent at once"))
 
 
 @pieces.post("/piece", **roles(access.MEMBERS))
 async def piece(
     request: Request, desk: At, caller: Asking, upload: Upload, offset: Size, size: Size, keep: bool = False
 ) -> giving.Given | None:
-    content = await _body(request, giving.MAX_BATCH_BYTES)
+    content = await read_body(request, giving.MAX_BATCH_BYTES, "what is sent at once")
     return await giving.add_piece(desk, caller, upload, offset, size, content, keep=keep)
 
 
@@ -185,12 +185,3 @@ async def tree(desk: At, body: TreeRequest) -> giving.Project:
 @pieces.post("/zip", **roles(access.MEMBERS))
 async def unzip(desk: At, caller: Asking, upload: Upload, size: Size) -> giving.Project:
     return await giving.open_zip(desk, caller, upload, size)
-
-
-async def _body(request: Request, most: int) -> bytes:
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > most:
-            raise BadInput(f"a request may bring at most {most:,} bytes of files: send them in several")
-    return bytes(content)

@@ -25,6 +25,8 @@ from potluck.errors import BadInput
 
 SEGMENT_BYTES = 8 << 20
 KEEP_BYTES = 64 << 20
+MAX_SEGMENTS = 64
+"""Each gap begins another one: a worker that skips and skips must not fill the disk with names."""
 MAX_OFFSET = 1 << 60
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 _SEGMENT = re.compile(r"([0-9]{19})\.log", re.ASCII)
@@ -121,7 +123,7 @@ class LogStore:
                 return starts, starts[-1] + _segment(folder, starts[-1]).stat().st_size
 
     def _rotate(self, folder: Path, starts: list[int], end: int) -> None:
-        while len(starts) > 1 and end - starts[1] >= self._keep_bytes:
+        while len(starts) > 1 and (end - starts[1] >= self._keep_bytes or len(starts) > MAX_SEGMENTS):
             _segment(folder, starts.pop(0)).unlink(missing_ok=True)
 
 

@@ -34,6 +34,8 @@ from potluck.worker.jobs.output import Output
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{7,62}")
 _BUILD_LOOK_S = 0.1
 _BUILD_GRACE_S = 2.0
+_BUILD_BYTES = 4_000_000_000
+"""Of memory: a stranger's build gets so much even if the job needs less, and no more."""
 _LOOK_S = 0.5  # between two looks at whether the attempt still may run
 _INSIDE_PATH = "/usr/local/bin:/usr/bin:/bin"
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -379,6 +381,7 @@ def command_of(command: Sequence[str], procs: int, python: Path | None) -> list[
     if procs <= 1:
         return list(command)
     run = [str(python or "python"), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={procs}"]
+    run += ["--local-addr=127.0.0.1"]  # else they meet at this machine's name, which need not lead to it
     return [*run, "--no-python", *command]
 
 
@@ -402,13 +405,13 @@ class Builder:
         """The step's exit code."""
         closed = step.foreign and not self._lease.owns_worker
         executor = self._executor if closed else executors.ALL["process"]
-        running = executors.run(executor, self._box(step), on_output=log)
+        running = executors.run(executor, self._box(step, closed=closed), on_output=log)
         while (ended := running.wait(_BUILD_LOOK_S)) is None:
             if self._stop.is_set():
                 running.end(_BUILD_GRACE_S, "the build was stopped")
         return 127 if ended.exit_code is None else ended.exit_code
 
-    def _box(self, step: BuildStep) -> Box:
+    def _box(self, step: BuildStep, *, closed: bool) -> Box:
         """The step starts in the project; of the five folders that a box may write, the build takes those it needs."""
         self._number += 1
         spare = self._folders.root / "build" / str(self._number)
@@ -424,4 +427,6 @@ class Builder:
             cache=places[2],
             scratch=spare,
             read_only=list(step.readable),
+            cpu=self._lease.cpu if closed else 0.0,
+            memory_bytes=max(self._lease.memory_bytes, _BUILD_BYTES) if closed else 0,
         )

@@ -2,10 +2,13 @@
 
 Building runs strangers' code: the `setup.py` of a source package. So every command of a build goes through `run`, which
 may put it into a sandbox; a `BuildStep` says what it has to write. Wheels are tried first: unpacking one runs nothing of
-it. Only if that fails are sources built, and then without the download cache, which other builds trust. (One gap: pip
-builds a source that a wheel's own metadata names by address even then. So all that pip installs counts as `foreign`.)
-No step is run by the new environment's own interpreter after packages are in it (a package may run code at its start):
-the base interpreter compiles, and this process reads the list of packages from their files.
+it. Only if that fails are sources built, and then without the download cache, which other builds trust. Installing is
+`foreign` either way: pip builds a source that a wheel's own metadata names by address, and the project's own settings
+tell uv where to install to.
+
+What was built is a stranger's, too. No step is run by the new environment's own interpreter after packages are in it (a
+package may run code at its start): the base interpreter compiles, in the sandbox, for a link could lead what it writes
+elsewhere. This process reads nothing but the names of packages, follows no link and opens no pipe for it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -21,18 +25,23 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from email.parser import BytesHeaderParser
 from importlib.metadata import distributions
 from pathlib import Path
 
 from potluck.errors import DiskFull
 from potluck.protocol import Json
 from potluck.telemetry import clean
+from potluck.worker.jobs import outputs
 from potluck.worker.jobs.interpreters import EnvironmentFailed, Interpreter
 from potluck.worker.jobs.requirements import Asked
+from potluck.worker.jobs.walking import remove_tree, size_of, walk
 
 _TAIL_LINES = 15
 _TAIL_BYTES = 20_000
 _MAX_PACKAGES = 5000
+_METADATA = ((".dist-info", "METADATA"), (".egg-info", "PKG-INFO"))
+_METADATA_BYTES = 1_000_000
 _POLL_S = 0.1
 _GRACE_S = 3.0
 _FULL = ("no space left on device", "os error 28", "disk quota exceeded")
@@ -151,7 +160,7 @@ class Build:
         tool = "uv" if uv else "pip"
         self._say(f"Building the environment {key[:8]} from {self._asked.shown} with {tool}, Python {self._version}")
         steps = _Steps(self._run, self._on_output, stop, folder, self._cache, self._project, self._interpreter)
-        steps.tmp.mkdir()
+        steps.make_rooms()
         if uv:
             self._with_uv(uv, steps)
         else:
@@ -159,9 +168,10 @@ class Build:
         site = site_packages(steps.prefix, self._interpreter)
         # -S: packages must not run at its start. What does not compile is a package's old example: no failure.
         compile_all = [str(self._interpreter.path), "-I", "-S", "-m", "compileall", "-q", str(site)]
-        steps.run("compiling", compile_all, must=False, quiet=True)
-        shutil.rmtree(steps.tmp, ignore_errors=True)
-        packages = packages_in([str(site)])
+        steps.run("compiling", compile_all, must=False, quiet=True, foreign=True)
+        remove_tree(steps.tmp)
+        packages = packages_below(steps.prefix, site)
+        show_to_all(steps.prefix)
         self._say(f"The environment {key[:8]} is ready: {len(packages)} packages")
         record: dict[str, Json] = {
             "hash": key,
@@ -169,6 +179,7 @@ class Build:
             "from": self._asked.shown,
             "python": self._version,
             "base": str(self._interpreter.prefix),
+            "interpreter": str(self._interpreter.path),
             "packages": list(packages),
         }
         return record, size_of(folder)
@@ -239,13 +250,19 @@ class _Steps:
         self.prefix = folder / "env"
         self.tmp = folder / "tmp"
 
+    def make_rooms(self) -> None:
+        """All folders that steps write to, now: later a stranger's code could have put a link in the way."""
+        for kept in (self._downloads, self.tmp / "downloads"):
+            for name in ("uv", "pip"):
+                (kept / name).mkdir(parents=True, exist_ok=True)
+
     def install(self, asked: Asked, argv: list[str], wheels_only: list[str], *, may_build: bool) -> None:
         """Install from wheels; if that cannot be done, build the sources among them, too.
 
         `may_build`: told to take wheels only, the tool still builds what is named by an address. So does pip.
         """
         if not (may_build and asked.direct_sources):
-            if self.run("installing", [*argv, *wheels_only], must=False, downloads=True, foreign=may_build):
+            if self.run("installing", [*argv, *wheels_only], must=False, downloads=True, foreign=True):
                 return
             self._on_output(b"Not everything is there as a wheel: building from source.\n")
         self.run(f"{asked.shown} cannot be installed with Python {self._interpreter.version}", argv, foreign=True)
@@ -290,8 +307,6 @@ class _Steps:
 
     def _step(self, argv: list[str], *, downloads: bool, foreign: bool) -> BuildStep:
         kept = self._downloads if downloads else self.tmp / "downloads"
-        for name in ("uv", "pip"):
-            (kept / name).mkdir(parents=True, exist_ok=True)
         writable = [self._folder]
         if downloads:
             writable.append(kept)
@@ -355,14 +370,41 @@ def packages_in(path: Sequence[str]) -> list[str]:
     return sorted(found, key=str.lower)[:_MAX_PACKAGES]
 
 
-def size_of(folder: Path) -> int:
-    """The bytes of all files below."""
-    total = 0
-    for root, _, files in os.walk(folder):
-        for name in files:
+def packages_below(prefix: Path, site: Path) -> list[str]:
+    """As `packages_in`, of an environment in which a stranger's code may have left anything: links, pipes, giants."""
+    found = set()
+    place = site.relative_to(prefix).as_posix() + "/"
+    for entry in outputs.files_below(prefix, outputs.Notes()):
+        folder, _, name = entry.path.removeprefix(place).partition("/")
+        if not entry.path.startswith(place) or (Path(folder).suffix, name) not in _METADATA:
+            continue
+        with suppress(OSError), os.fdopen(entry.open(), "rb") as file:
+            said = BytesHeaderParser().parsebytes(file.read(_METADATA_BYTES))
+            if said["Name"] and said["Version"]:
+                found.add(f"{clean(str(said['Name']), limit=100)}=={clean(str(said['Version']), limit=60)}")
+    return sorted(found, key=str.lower)[:_MAX_PACKAGES]
+
+
+def show_to_all(folder: Path) -> None:
+    """An agent that is root has its jobs run as another user, who must be able to read this whatever root's umask is."""
+    for _, _, names, at in walk(folder):
+        if at is None:
+            return
+        _show(at)
+        for name in names:
             with suppress(OSError):
-                total += os.lstat(os.path.join(root, name)).st_size
-    return total
+                file = os.open(name, outputs.OPEN, dir_fd=at)
+                try:
+                    _show(file)
+                finally:
+                    os.close(file)
+
+
+def _show(handle: int) -> None:
+    mode = os.fstat(handle).st_mode
+    wanted = 0o055 if stat.S_ISDIR(mode) else 0o044 | (0o011 if mode & 0o100 else 0)
+    if mode & wanted != wanted and (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        os.fchmod(handle, stat.S_IMODE(mode) | wanted)
 
 
 def last_lines(lines: Sequence[str] | deque[str]) -> str:

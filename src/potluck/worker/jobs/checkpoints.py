@@ -6,6 +6,9 @@
                 meanwhile, the copy is thrown away
     sent        the snapshot, never the job's own files: they may change while they travel
 
+A job that saves more often than that is never quiet. If its checkpoint is one file, it is whole whenever nobody has it open;
+so after `restless_s` without quiet it is taken between two saves. (Of several files, some may be of the save before.)
+
 A writer that writes to another name and renames is always safe. One that writes in place is, too, as long as it keeps a
 file open while it writes it (all do), and goes on to the next one within `quiet_s`. A writer that is killed leaves half
 a file that nobody has open: so after a crash only what was found quiet before it counts (an older checkpoint is better
@@ -35,6 +38,7 @@ from potluck.worker.jobs import outputs
 from potluck.worker.jobs.outputs import Entry, Notes, files_below, fingerprint
 
 QUIET_S = 5.0
+RESTLESS_S = 15.0
 _LOOK_S = 1.0
 _AGAIN_S = 30.0  # after a checkpoint that could not be sent
 _LOGS = (".log", ".jsonl", ".csv")
@@ -53,6 +57,7 @@ class Watcher:
         send: Callable[[Path, Tree], None],
         say: Callable[[str], None],
         quiet_s: float = QUIET_S,
+        restless_s: float = RESTLESS_S,
         limit_bytes: int = outputs.LIMIT_BYTES,
     ) -> None:
         self._folder = folder
@@ -60,10 +65,12 @@ class Watcher:
         self._send = send
         self._say = say
         self._quiet_s = quiet_s
+        self._restless_s = restless_s
         self._limit_bytes = limit_bytes
         self._alone = threading.Lock()
         self._seen: Seen = ()
         self._since = 0.0  # when what is seen was first seen
+        self._restless_since: float | None = None  # since when one file has changed without a pause
         self._quiet: Seen = ()  # found quiet last, while the command ran
         self._sent: Seen = ()
         self._not_before = 0.0
@@ -84,7 +91,14 @@ class Watcher:
                 return False
             seen, busy = self._see()
             if seen != self._seen or busy:
+                same_file = len(seen) == 1 and [path for path, _ in seen] == [path for path, _ in self._seen]
                 self._seen, self._since = seen, now
+                if busy or not same_file:
+                    self._restless_since = None
+                elif self._restless_since is None:
+                    self._restless_since = now
+                elif now - self._restless_since >= self._restless_s:
+                    return self._try(seen, now)
                 return False
             if now - self._since < self._quiet_s:
                 return False
@@ -138,7 +152,7 @@ class Watcher:
             return False
         finally:
             shutil.rmtree(snapshot, ignore_errors=True)
-        self._sent, self._said = seen, ""
+        self._sent, self._said, self._restless_since = seen, "", None
         return True
 
     def _tell(self, sentence: str) -> None:

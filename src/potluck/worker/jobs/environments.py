@@ -21,7 +21,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import sys
 import sysconfig
 import threading
@@ -38,7 +37,9 @@ from potluck.protocol import Json
 from potluck.worker.jobs import interpreters
 from potluck.worker.jobs.builds import Build, BuildStep, BuildStopped, Run, packages_in, python_of, run_plainly
 from potluck.worker.jobs.interpreters import EnvironmentFailed, Interpreter
+from potluck.worker.jobs.locks import try_lock
 from potluck.worker.jobs.requirements import Asked, read
+from potluck.worker.jobs.walking import remove_tree
 
 __all__ = [
     "BuildStep",
@@ -52,7 +53,7 @@ __all__ = [
     "run_plainly",
 ]
 
-_FORMAT = "1"  # part of the key: raise it when environments are built differently
+_FORMAT = "2"  # part of the key: raise it when environments are built differently
 _POLL_S = 0.1
 
 
@@ -121,19 +122,23 @@ def prepare(
         build = Build(asked, interpreter, project.resolve(), cache, run=run or plainly, on_output=on_output, say=say)
         waits, fresh = False, False
         while True:
-            hold = _lock(root / f"{key}.lock", shared=True)
+            hold = try_lock(root / f"{key}.lock", shared=True)
             found = _find(root, key) if hold is not None else None
             if hold is not None and found is not None:
                 os.utime(root / f"{key}.json")
                 return _built(*found, cache=cache, fresh=fresh, hold=hold)
             if hold is not None:
                 hold.close()
-            alone = _lock(root / f"{key}.lock", shared=False)
+            alone = try_lock(root / f"{key}.lock")
             if alone is not None:
                 with alone:
                     if _find(root, key) is None:  # else somebody was quicker
                         _build(build, root, key, stop)
                         fresh = True
+                        if _find(root, key) is None:  # else this would go on for ever
+                            raise EnvironmentFailed(
+                                f"{requirements}: the environment that it makes has no Python: a package removes it"
+                            )
                 continue
             if not waits:
                 waits = True
@@ -156,14 +161,14 @@ def evict(cache: Path, keep_bytes: int) -> int:
     for _, size, key in sorted(known):
         if freed >= excess:
             break
-        alone = _lock(root / f"{key}.lock", shared=False)
+        alone = try_lock(root / f"{key}.lock")
         if alone is not None:
             with alone:
                 (root / f"{key}.json").unlink(missing_ok=True)
                 _remove_rest(root, key)
             freed += size
     for key in {path.name.split("-")[0] for path in root.glob("*-*") if path.is_dir()}:
-        alone = _lock(root / f"{key}.lock", shared=False)
+        alone = try_lock(root / f"{key}.lock")
         if alone is not None:
             with alone:
                 _remove_rest(root, key)
@@ -176,11 +181,14 @@ def job_path(cache: Path) -> Path:
     files = {name: (package / name).read_bytes() for name in ("__init__.py", "job.py")}
     folder = cache / "job-api" / hashlib.sha256(b"\0".join(files.values())).hexdigest()[:16]
     (folder / "potluck").mkdir(parents=True, exist_ok=True)
+    for place in (folder, folder / "potluck"):
+        place.chmod(0o755)  # whatever the umask is: the job may be another user
     for name, content in files.items():
         path = folder / "potluck" / name
         if not path.is_file() or path.read_bytes() != content:
             part = folder / f"{secrets.token_hex(8)}.part"
             part.write_bytes(content)
+            part.chmod(0o644)
             part.replace(path)
     return folder
 
@@ -219,6 +227,7 @@ def _binaries(python: Path, cache: Path) -> Path:
         return python.parent
     folder = cache / "job-api" / f"python-{hashlib.sha256(str(python).encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o755)
     for name in ("python", "python3"):
         with suppress(FileExistsError):
             (folder / name).symlink_to(python)
@@ -259,9 +268,8 @@ def _find(root: Path, key: str) -> tuple[Path, dict[str, Json]] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     # Its interpreter may have been uninstalled since: then the link leads nowhere.
-    whole = (
-        isinstance(record, dict) and "base" in record and prefix.parent.parent == root and python_of(prefix).exists()
-    )
+    known = isinstance(record, dict) and {"base", "interpreter"} <= record.keys()
+    whole = known and prefix.parent.parent == root and python_of(prefix).exists()
     return (prefix, record) if whole else None
 
 
@@ -281,7 +289,7 @@ def _build(build: Build, root: Path, key: str, stop: threading.Event) -> None:
         part.replace(root / f"{key}.json")
         sync_folder(root)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
         raise
 
 
@@ -291,8 +299,8 @@ def _built(prefix: Path, record: dict[str, Json], *, cache: Path, fresh: bool, h
     names = [str(one).split("==")[0] for one in packages] if isinstance(packages, list) else []
     has_potluck = "potluck-train" in (re.sub(r"[-_.]+", "-", name).lower() for name in names)
     api = None if has_potluck else job_path(cache)
-    homes = [home for home in _homes(python) if not home.is_relative_to(prefix)]
-    base = [Path(str(record["base"])), *homes, *([api] if api else [])]
+    # Not where its own `python` leads: a package that was built from source may have led that into its owner's home.
+    base = [Path(str(record["base"])), *_homes(Path(str(record["interpreter"]))), *([api] if api else [])]
     return Environment(python, prefix, _outermost(base), record, fresh, python.parent, api, hold)
 
 
@@ -301,23 +309,4 @@ def _remove_rest(root: Path, key: str) -> None:
     found = _find(root, key)
     for folder in root.glob(f"{key}-*"):
         if found is None or folder != found[0].parent:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _lock(path: Path, *, shared: bool) -> BinaryIO | None:
-    """The lock, or None if somebody else holds it. It ends when the file is closed, or its process dies."""
-    file = path.open("ab")
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            if not shared:  # there, a file that is in use cannot be removed anyway
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
+            remove_tree(folder)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -27,9 +26,9 @@ from potluck.telemetry import clean
 from potluck.worker.jobs import environments, executors, reports
 from potluck.worker.jobs.attempt import Attempt, Folders, Shop, key_of
 from potluck.worker.jobs.box import clock
-from potluck.worker.jobs.builds import size_of
 from potluck.worker.jobs.hubside import HubSide
 from potluck.worker.jobs.output import Output
+from potluck.worker.jobs.walking import remove_tree, size_of
 from potluck.worker.line import GivenUp, Line
 
 ORDERS_WAIT_S = 20.0
@@ -406,7 +405,7 @@ class Keeper:
                 with self._lock:
                     in_use = {here.attempt.cache.name for here in self._here.values()}
                 if sum(sizes.values()) > self._cache_bytes and person.name not in in_use:
-                    shutil.rmtree(person / "shared", ignore_errors=True)
+                    remove_tree(person / "shared")
                     sizes[person] = 0
 
 

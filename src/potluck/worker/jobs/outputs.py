@@ -19,6 +19,7 @@ from pathlib import Path
 from potluck.domain.tree import check_path
 from potluck.protocol import Blob, Tree, TreeFile
 from potluck.telemetry import clean
+from potluck.worker.jobs.walking import walk
 
 LIMIT_BYTES = 10_000_000_000
 LIMIT_FILES = 20_000
@@ -27,7 +28,7 @@ _MAX_NOTES = 500
 _MAX_LOOKED_AT = 200_000  # entries, taken or not
 _CHUNK = 1 << 20
 _TRIES = 3  # for a file that changes while it is read
-_OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Entry:
     stat: os.stat_result
 
     def open(self) -> int:
-        return os.open(self.full if self.folder is None else self.name, _OPEN, dir_fd=self.folder)
+        return os.open(self.full if self.folder is None else self.name, OPEN, dir_fd=self.folder)
 
 
 def fingerprint(found: os.stat_result) -> tuple[int, int, int, int]:
@@ -70,13 +71,12 @@ class Notes:
 def files_below(folder: Path, notes: Notes) -> Iterator[Entry]:
     """Every plain file below, folder by folder in order; the rest goes to `notes`. A link in place of it is empty."""
     looked_at = 0
-    for root, folders, files, handle in _walk(folder, notes):
-        below = os.path.relpath(root, folder)
-        front = "" if below == os.curdir else below.replace(os.sep, "/") + "/"
-        for name in list(folders):
-            if _is_link(root, name, handle):
-                notes.add(front + name, "a symbolic link")
-                folders.remove(name)
+
+    def unreadable(path: str, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            notes.add(path or folder.name, f"it cannot be read ({error.strerror})")
+
+    for front, folders, files, handle in walk(folder, unreadable=unreadable):
         folders.sort()
         if front.count("/") >= _MAX_DEPTH:
             for name in folders:
@@ -88,7 +88,7 @@ def files_below(folder: Path, notes: Notes) -> Iterator[Entry]:
             if looked_at > _MAX_LOOKED_AT:
                 notes.add(path, f"and all after it: more than {_MAX_LOOKED_AT} files")
                 return
-            full = os.path.join(root, name)
+            full = os.path.join(folder, front, name)
             try:
                 found = os.stat(name if handle is not None else full, dir_fd=handle, follow_symlinks=False)
             except OSError:
@@ -98,29 +98,6 @@ def files_below(folder: Path, notes: Notes) -> Iterator[Entry]:
                 notes.add(path, why)
             else:
                 yield Entry(path, name, handle, full, found)
-
-
-def _walk(folder: Path, notes: Notes) -> Iterator[tuple[str, list[str], list[str], int | None]]:
-    def unreadable(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            notes.add(os.fsdecode(error.filename or folder.name), f"it cannot be read ({error.strerror})")
-
-    if not hasattr(os, "fwalk"):  # Windows
-        for root, folders, files in () if folder.is_symlink() else os.walk(folder, onerror=unreadable):
-            yield root, folders, files, None
-        return
-    try:
-        yield from os.fwalk(folder, onerror=unreadable, follow_symlinks=False)
-    except OSError as error:  # the folder itself
-        unreadable(error)
-
-
-def _is_link(root: str, name: str, handle: int | None) -> bool:
-    try:
-        found = os.stat(name if handle is not None else os.path.join(root, name), dir_fd=handle, follow_symlinks=False)
-    except OSError:
-        return True  # gone, or not to be looked at: not a folder to go into
-    return not stat.S_ISDIR(found.st_mode)
 
 
 def _why_not(path: str, found: os.stat_result) -> str:

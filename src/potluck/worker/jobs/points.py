@@ -20,7 +20,9 @@ import msgspec
 
 from potluck import job, telemetry
 from potluck.protocol import Blob, Point
+from potluck.worker.jobs.outputs import OPEN
 from potluck.worker.jobs.tfevents import EventFile, Scalars
+from potluck.worker.jobs.walking import walk
 
 MAX_LINE_BYTES = 256_000
 MAX_POINTS = 200_000  # of an attempt: a curve of more has no reader
@@ -33,7 +35,6 @@ _MAX_ENTRIES = 20_000  # looked at in one search
 _MAX_EVENT_FILES = 100
 _PASSED_OVER = {".git", ".venv", "venv", "node_modules", "__pycache__", "site-packages"}
 _PNG = b"\x89PNG\r\n\x1a\n"
-_OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 class Points:
@@ -215,12 +216,12 @@ def _read_below(
         path = str(root)
         for name in names:
             if by_folder:
-                at = os.open(path, _OPEN | os.O_DIRECTORY, dir_fd=at)
+                at = os.open(path, OPEN | os.O_DIRECTORY, dir_fd=at)
                 opened.append(at)
                 path = name
             else:
                 path = os.path.join(path, name)
-        file = os.open(path, _OPEN, dir_fd=at)
+        file = os.open(path, OPEN, dir_fd=at)
         opened.append(file)
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
@@ -254,19 +255,19 @@ class _EventFiles:
         self._folders = folders
         self._first: Path | None = None
         self._files: dict[Path, tuple[EventFile, str]] = {}
-        self._old = set(self._find())
+        self._old = {path for _, path in self._find()}
 
     @property
     def behind(self) -> bool:
         return any(file.behind for file, _ in self._files.values())
 
     def scan(self) -> None:
-        for path in self._find():
+        for top, path in self._find():
             if path in self._files or path in self._old or len(self._files) >= _MAX_EVENT_FILES:
                 continue
             if self._first is None:
                 self._first = path.parent
-            self._files[path] = EventFile(path), self._prefix(path.parent)
+            self._files[path] = EventFile(top, path.relative_to(top).as_posix()), self._prefix(path.parent)
 
     def read(self) -> Iterator[Scalars]:
         for file, prefix in self._files.values():
@@ -295,12 +296,13 @@ class _EventFiles:
         below = folder.relative_to(self._first) if folder.is_relative_to(self._first) else Path(folder.name)
         return below.as_posix() + "/"
 
-    def _find(self) -> Iterator[Path]:
+    def _find(self) -> Iterator[tuple[Path, Path]]:
+        """Each with the folder that it was found below."""
         entries = 0
         for top in self._folders:
-            for root, folders, files in os.walk(top, followlinks=False):
+            for path, folders, files, _ in walk(top):
                 folders[:] = sorted(name for name in folders if name not in _PASSED_OVER)
-                yield from (Path(root, name) for name in sorted(files) if "tfevents" in name)
+                yield from ((top, top / path / name) for name in sorted(files) if "tfevents" in name)
                 entries += len(files) + len(folders)
                 if entries > _MAX_ENTRIES:
                     return

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +18,10 @@ import msgspec
 
 from potluck.blobs import disk_errors, sync_folder
 from potluck.protocol import JobReport
+from potluck.worker.jobs.walking import remove_tree
 
 _REPORT = "report.json"
 _REST = "log.rest"
-_DEEPEST = 8  # folders without permissions inside one another
 
 
 @dataclass(frozen=True)
@@ -67,21 +66,10 @@ def left_behind(root: Path) -> tuple[list[tuple[Path, Kept]], list[Path]]:
 
 
 def remove(folder: Path) -> None:
-    """The folder with all that is in it, also what the job made unwritable. First its report: half a folder is no end."""
+    """The folder with all that is in it, whatever the job made of it. First its report: half a folder is no end."""
     with contextlib.suppress(OSError):
         (folder / _REPORT).unlink(missing_ok=True)
-    for _ in range(_DEEPEST):
-        shutil.rmtree(folder, onerror=_open_up)
-        if not folder.exists():
-            return
-
-
-def _open_up(_function: object, path: str, _error: object) -> None:
-    """Make the folder that was in the way writable, for the next round. No link is followed: rmtree walks none."""
-    with contextlib.suppress(OSError):
-        os.chmod(os.path.dirname(path), 0o700)
-        if not os.path.islink(path):
-            os.chmod(path, 0o700)
+    remove_tree(folder)
 
 
 def _write(path: Path, content: bytes) -> None:

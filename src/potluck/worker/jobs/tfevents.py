@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from potluck.client.places import open_below
+from potluck.errors import PotluckError
+
 MAX_RECORD_BYTES = 64_000_000  # a longer one is no figure and no picture that we would take: the file is given up
 _KEPT_BYTES = 8_000_000  # a longer record is passed over
 _AT_ONCE_BYTES = 1_000_000  # of a file in one reading, so that a large one does not hold up the others
@@ -50,10 +53,11 @@ class Scalars:
 
 
 class EventFile:
-    """One file, read again and again from where the last reading ended."""
+    """One file below a folder, read again and again from where the last reading ended."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Path, path: str) -> None:
+        self._folder = folder
+        self._path = path
         self.offset = 0
         self.broken = ""  # why nothing more is read from it
         self.behind = False  # the last reading stopped before the end
@@ -64,13 +68,9 @@ class EventFile:
         self.behind = False
         if self.broken:
             return found
+        start = self.offset
         try:
-            handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-        except OSError:
-            return found  # gone, or no file of ours to read
-        with os.fdopen(handle, "rb") as file:
-            start = self.offset
-            try:
+            with open_below(self._folder, self._path) as file:
                 while (record := self._record(file)) is not None:
                     event = read_event(record)
                     if event is not None:
@@ -78,10 +78,10 @@ class EventFile:
                     if self.offset - start >= _AT_ONCE_BYTES:
                         self.behind = True
                         break
-            except Broken as error:
-                self.broken = str(error)
-            except OSError:
-                return found  # it cannot be read just now
+        except Broken as error:
+            self.broken = str(error)
+        except (PotluckError, OSError):
+            return found  # gone, or no plain file, or it cannot be read just now
         return found
 
     def _record(self, file: BinaryIO) -> bytes | None:

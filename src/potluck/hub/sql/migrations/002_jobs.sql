@@ -20,6 +20,7 @@ DROP INDEX runs_live;
 CREATE INDEX runs_live ON runs (created_at)
     WHERE mode = 'pool' AND state IN ('queued', 'running', 'paused', 'finishing');
 CREATE INDEX runs_by_name ON runs (name);
+CREATE INDEX runs_jobs_ended ON runs (ended_at) WHERE mode = 'job'; -- the newest that ended, on the pages
 
 ALTER TABLE workers
     ADD COLUMN owner text NOT NULL DEFAULT '',      -- the person's id; empty: nobody said
@@ -86,6 +87,7 @@ CREATE TABLE attempts (
     PRIMARY KEY (run_id, number)
 ) WITH (fillfactor = 80);
 CREATE INDEX attempts_live ON attempts (worker_id) WHERE ended_at IS NULL;
+CREATE INDEX attempts_ended ON attempts (ended_at); -- what was used in the last days
 
 CREATE TABLE points (
     run_id text NOT NULL REFERENCES runs,

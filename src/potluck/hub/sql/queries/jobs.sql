@@ -25,6 +25,12 @@ ORDER BY sure DESC, (jobs.owner = %(owner)s) DESC, runs.created_at DESC LIMIT 3;
 -- name: job_ids
 SELECT run_id AS id FROM jobs WHERE NOT %(open)s::boolean OR NOT finished ORDER BY queued_at DESC LIMIT %(limit)s;
 
+-- name: open_jobs_of
+SELECT run_id AS id FROM jobs WHERE owner = %(owner)s AND NOT finished ORDER BY queued_at;
+
+-- name: count_open_jobs_of
+SELECT count(*) AS count FROM jobs WHERE owner = %(owner)s AND NOT finished;
+
 -- name: job_views
 SELECT runs.id, runs.name, runs.state, runs.reason, runs.created_at, runs.started_at, runs.ended_at,
     jobs.owner, jobs.spec, jobs.needs, jobs.project, jobs.git, jobs.priority, jobs.retries_left, jobs.cancelled_by,
@@ -77,15 +83,17 @@ UPDATE jobs SET queued_at = now(), retries_left = %(retries_left)s, returns = 0,
 WHERE run_id = %(run_id)s;
 
 -- name: command_lease
-SELECT leases.run_id, leases.kind, leases.worker_id FROM leases WHERE leases.id = %(lease_id)s;
+SELECT run_id, kind, worker_id, ended_at IS NOT NULL AS ended FROM leases WHERE id = %(lease_id)s;
 
 -- name: lock_command
 -- After lock_job. Who has the lease, and whether its worker still gives a sign of life.
 SELECT leases.id, leases.worker_id, leases.agent, leases.ended_at, leases.outcome, leases.ttl,
     leases.deadline < now() AS late, COALESCE(workers.hung_up_at < now() - %(hung_up)s, false) AS hung_up,
+    COALESCE(runs.state = 'cancelled' AND runs.ended_at < now() - %(overdue)s, false) AS overdue,
     workers.name AS worker, attempts.number, attempts.state, attempts.granted, attempts.started_at IS NOT NULL AS ran,
     attempts.reason AS said, attempts.exit_code, attempts.signal, EXTRACT(EPOCH FROM now() - attempts.placed_at)::float8 AS seconds
 FROM leases JOIN attempts ON attempts.lease_id = leases.id JOIN workers ON workers.id = leases.worker_id
+JOIN runs ON runs.id = leases.run_id
 WHERE leases.id = %(lease_id)s FOR UPDATE OF leases;
 
 -- name: settle_attempt
@@ -121,7 +129,9 @@ WITH run AS (
 )
 UPDATE attempts SET state = %(state)s, prepared_at = COALESCE(prepared_at, now()),
     started_at = CASE WHEN %(state)s = 'running' THEN COALESCE(started_at, now()) ELSE started_at END,
-    executor = COALESCE(NULLIF(%(executor)s, ''), executor), environment = environment || %(environment)s
+    executor = COALESCE(NULLIF(%(executor)s, ''), executor),
+    environment = CASE WHEN pg_column_size(environment || %(environment)s) > 1048576 THEN environment -- grown enough
+        ELSE environment || %(environment)s END
 WHERE run_id = %(run_id)s AND number = %(number)s;
 
 -- name: keep_checkpoint
@@ -131,11 +141,13 @@ WITH attempt AS (
 UPDATE jobs SET checkpoint = %(checkpoint)s WHERE run_id = %(run_id)s;
 
 -- name: gone_commands
--- Jobs whose worker is silent for longer than their patience, or whose agent ended.
+-- Jobs whose worker is silent for longer than their patience, or whose agent ended; and stopped ones that do not end.
 SELECT leases.id, leases.run_id
 FROM attempts JOIN leases ON leases.id = attempts.lease_id JOIN workers ON workers.id = attempts.worker_id
+JOIN runs ON runs.id = attempts.run_id
 WHERE attempts.ended_at IS NULL AND leases.ended_at IS NULL
-    AND (leases.deadline < now() OR workers.hung_up_at < now() - %(hung_up)s)
+    AND (leases.deadline < now() OR workers.hung_up_at < now() - %(hung_up)s
+        OR (runs.state = 'cancelled' AND runs.ended_at < now() - %(overdue)s))
 ORDER BY leases.deadline LIMIT 1000;
 
 -- name: commands_of_worker

@@ -32,8 +32,15 @@ FROM jsonb_to_recordset(%(points)s::jsonb) AS p(seq bigint, step bigint, at doub
 ON CONFLICT DO NOTHING;
 
 -- name: points
-SELECT attempt, seq, step, at, "values", images FROM points
-WHERE run_id = %(run_id)s AND attempt = %(attempt)s AND seq > %(after_seq)s ORDER BY seq LIMIT %(limit)s;
+-- At least one, and no more than so many bytes: a point may be large.
+SELECT attempt, seq, step, at, "values", images FROM (
+    SELECT *, sum(octet_length("values"::text) + octet_length(images::text)) OVER (ORDER BY seq) AS bytes,
+        row_number() OVER (ORDER BY seq) AS place
+    FROM (
+        SELECT * FROM points WHERE run_id = %(run_id)s AND attempt = %(attempt)s AND seq > %(after_seq)s
+        ORDER BY seq LIMIT %(limit)s
+    ) next
+) counted WHERE place = 1 OR bytes <= %(most_bytes)s ORDER BY seq;
 
 -- name: put_blobs
 -- In the order of their hashes, so that two who bring the same blobs do not wait for one another in a circle.

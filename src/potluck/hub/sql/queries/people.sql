@@ -31,8 +31,11 @@ WITH gone AS (
 ), credential AS (
     UPDATE credentials SET revoked_at = now() FROM gone
     WHERE credentials.invite_id = gone.id AND credentials.revoked_at IS NULL RETURNING subject
+), theirs AS (
+    -- in the order of their ids, as a placement pass locks them
+    SELECT id FROM workers WHERE id IN (SELECT subject FROM credential) ORDER BY id FOR UPDATE
 ), worker AS (
-    UPDATE workers SET revoked_at = now() FROM credential WHERE workers.id = credential.subject
+    UPDATE workers SET revoked_at = now() FROM theirs WHERE workers.id = theirs.id
 )
 SELECT (SELECT count(*) FROM gone) AS found, (SELECT array_agg(subject) FROM credential) AS subjects;
 

@@ -48,7 +48,7 @@ FROM quotas LEFT JOIN LATERAL (
         SELECT granted, EXTRACT(EPOCH FROM COALESCE(ended_at, now()) - GREATEST(placed_at, now() - interval '7 days'))
             ::float8 / 3600 AS hours
         FROM jobs JOIN attempts ON attempts.run_id = jobs.run_id
-        WHERE jobs.owner = quotas.owner AND COALESCE(ended_at, now()) > now() - interval '7 days'
+        WHERE jobs.owner = quotas.owner AND (ended_at IS NULL OR ended_at > now() - interval '7 days')
             AND (quotas.gpu_hours IS NOT NULL OR quotas.cpu_hours IS NOT NULL)
     ) times
 ) used ON true;
@@ -91,8 +91,12 @@ SELECT new.run_id, job.number, new.lease_id, new.worker_id, new.granted, new.rea
 FROM new JOIN job ON job.run_id = new.run_id;
 
 -- name: set_ranks
-UPDATE jobs SET rank = new.rank FROM unnest(%(ids)s::text[], %(ranks)s::float8[]) AS new (id, rank)
-WHERE jobs.run_id = new.id AND jobs.rank IS DISTINCT FROM new.rank;
+-- Locked in the order of ids, as a placement pass does: else the two could wait for each other.
+WITH new AS (
+    SELECT jobs.run_id, new.rank FROM unnest(%(ids)s::text[], %(ranks)s::float8[]) AS new (id, rank)
+    JOIN jobs ON jobs.run_id = new.id WHERE jobs.rank IS DISTINCT FROM new.rank ORDER BY jobs.run_id FOR UPDATE OF jobs
+)
+UPDATE jobs SET rank = new.rank FROM new WHERE jobs.run_id = new.run_id;
 
 -- name: orders_arrive
 -- A worker asks for orders: a sign of life. What it was before tells whether the placement should look again.

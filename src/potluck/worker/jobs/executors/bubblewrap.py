@@ -26,6 +26,7 @@ from potluck.worker.jobs.executors.common import (
     exports,
     folders_of_root,
     hand_over,
+    hosts,
     inside_environment,
     is_root,
     job_user,
@@ -41,10 +42,12 @@ from potluck.worker.jobs.executors.common import (
 )
 from potluck.worker.jobs.limits import Groups
 
+HOSTNAME = "potluck"
 GPU_DEVICES = ("nvidia*", "dxg", "kfd", "dri")
 SCRATCH = (Path("/dev/shm"), Path("/tmp"), Path("/var/tmp"))
 # Programs count cores and find GPUs there.
 SYS = ("devices/system/cpu", "devices/system/node")
+OVER_SYS = ("/sys", "/sys/devices", "/sys/devices/system")
 SYS_FOR_GPUS = ("devices", "class", "bus", "module")
 
 
@@ -109,16 +112,19 @@ class Bubblewrap(Executor):
             argv = ["bwrap", "--unshare-all"]
             argv += ["--share-net"] if network else []
             argv += ["--unshare-user", "--disable-userns"] if self.no_user_namespaces else []
-        return [*argv, "--die-with-parent", "--new-session", "--hostname", "potluck", "--clearenv"]
+        return [*argv, "--die-with-parent", "--new-session", "--hostname", HOSTNAME, "--clearenv"]
 
     def _system(self, *, network: bool, tmp: int) -> list[str]:
         argv = ["--ro-bind", "/usr", "/usr"]
+        for folder in ("/etc", "/var", *OVER_SYS):
+            argv += ["--perms", "0755", "--dir", folder]  # else only root's to enter
         for name, target in links_of_root():
             argv += ["--symlink", target, f"/{name}"]
         for folder in folders_of_root():
             argv += ["--ro-bind", folder, folder]
-        for name in (*ETC, *(("resolv.conf", "hosts") if network else ())):
+        for name in (*ETC, *(("resolv.conf",) if network else ())):
             argv += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
+        argv += ["--ro-bind", str(hosts(HOSTNAME, network=network)), "/etc/hosts"]
         users, groups = passwd()
         argv += ["--ro-bind", str(users), "/etc/passwd", "--ro-bind", str(groups), "/etc/group"]
         argv += ["--proc", "/proc", "--dev", "/dev"]

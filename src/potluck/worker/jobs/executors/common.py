@@ -30,6 +30,7 @@ from potluck.errors import NotFound
 from potluck.worker.jobs import limits
 from potluck.worker.jobs.box import Box
 from potluck.worker.jobs.limits import Groups
+from potluck.worker.jobs.walking import walk
 
 JOB_USER = 64738  # an agent that is root runs jobs as this user, who owns nothing else. No system hands the number out
 PROBE_S = 20.0
@@ -191,12 +192,17 @@ def hand_over(box: Box) -> None:
     if not is_root():
         return
     user, group = job_user()
+    for top in (box.work, box.output, box.checkpoint, box.scratch, box.cache):
+        top.chmod(0o755)  # whatever root's umask is: who builds the sandbox enters them without root's rights
     own = [box.work, box.output, box.checkpoint, box.scratch, *([box.resume] if box.resume else [])]
     for top in own:
-        for folder, _, names in os.walk(top):
-            os.chown(folder, user, group, follow_symlinks=False)
+        # By handle: another build of the same person may be at work below, and put a link in the place of a folder.
+        for _, _, names, at in walk(top):
+            assert at is not None
+            os.fchown(at, user, group)
             for name in names:
-                os.chown(os.path.join(folder, name), user, group, follow_symlinks=False)
+                with contextlib.suppress(FileNotFoundError):
+                    os.chown(name, user, group, dir_fd=at, follow_symlinks=False)
     below = [Path(entry.path) for entry in os.scandir(box.cache) if entry.is_dir(follow_symlinks=False)]
     for place in [box.cache, *below]:
         os.chown(place, user, group, follow_symlinks=False)
@@ -265,6 +271,16 @@ def passwd() -> tuple[Path, Path]:
     user, group = job_user()
     users = f"root:x:0:0:root:/:/usr/sbin/nologin\njob:x:{user}:{group}:job:/tmp:/bin/sh\n"
     return own_file("passwd", users), own_file("group", f"root:x:0:\njob:x:{group}:\n")
+
+
+def hosts(hostname: str, *, network: bool) -> Path:
+    """/etc/hosts of a sandbox. Programs look their own machine's name up; torch.distributed waits until it is found."""
+    known = ""
+    if network:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            known = Path("/etc/hosts").read_text()
+    text = f"{known.rstrip()}\n127.0.0.1 localhost {hostname}\n::1 localhost\n".lstrip()
+    return own_file("hosts" if network else "hosts-alone", text)
 
 
 def try_out(argv: list[str], *, feed: str = "", env: dict[str, str] | None = None) -> tuple[bool, str]:

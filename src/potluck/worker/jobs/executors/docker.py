@@ -1,7 +1,7 @@
 """How does a command run in docker? Its daemon makes the container, so that is no descendant of the shim's.
 
-Signals go through the daemon, and reach the command alone: what it has started is out of our sight. A user who may talk to the daemon is as good as root on the machine; the job may not: the
-socket is not in its container.
+Signals go through the daemon, and reach the command alone: what it has started is out of our sight. A user who may talk to
+the daemon is as good as root on the machine; the job may not: the socket is not in its container.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ NOWHERE = Groups(0, {}, "docker's daemon makes its own groups")
 class Docker(ContainerEngine):
     name = "docker"
     program = "docker"
-    script = READ_ENV_AND_BECOME  # --init is the first process, and its child, whom signals reach, is the command itself
+    script = (
+        READ_ENV_AND_BECOME  # --init is the first process, and its child, whom signals reach, is the command itself
+    )
 
     def probe(self) -> Found:
         if system() != "linux":
