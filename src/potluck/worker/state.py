@@ -16,7 +16,6 @@ and one told; the chains that the child is told follow one another without a gap
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 
 from potluck.protocol import (
     Drop,
@@ -377,15 +376,7 @@ class Lane:
 
     def _go_on(self, now: float) -> list[Instruction]:
         wishes: list[Instruction] = []
-        rules: list[Callable[[float], list[Instruction]]] = [
-            self._leave,
-            self._make_room,
-            self._start_child,
-            self._tell_next,
-            self._rebase,
-            self._watch,
-            self._ask,
-        ]
+        rules = [self._leave, self._make_room, self._start_child, self._tell_next, self._rebase, self._watch, self._ask]
         for rule in rules:
             if not self.over:
                 wishes += rule(now)
