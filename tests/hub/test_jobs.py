@@ -257,8 +257,9 @@ def test_an_ended_job_may_be_tried_again_with_all_its_retries(hub: Hub, mia: Cal
     for _ in range(2):
         hub.place()
         (lease,) = hub.orders(box).leases
-        hub.orders(box, agent="agent-2")  # its agent was restarted
-        hub.orders(box)
+        for agent in ("agent-2", "agent-1"):  # its agent was restarted, twice
+            hub.hang_up(box, 0)
+            hub.orders(box, agent=agent)
     assert hub.job(mia, job).state == "lost"
 
     view = hub.run(jobs.retry(hub.desk, mia, job))

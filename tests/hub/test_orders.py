@@ -98,6 +98,7 @@ def test_a_lease_whose_answer_was_lost_is_given_again(hub: Hub, mia: Caller, box
 
 def test_an_agent_that_was_restarted_has_lost_its_jobs(hub: Hub, mia: Caller, box: Caller) -> None:
     lease = given(hub, box, mia, retries=1)
+    hub.hang_up(box, 0)
 
     assert hub.orders(box, agent="agent-2").leases == []
 
@@ -111,11 +112,50 @@ def test_an_agent_that_was_restarted_has_lost_its_jobs(hub: Hub, mia: Caller, bo
 def test_an_agent_that_was_restarted_may_still_report_what_had_ended(hub: Hub, mia: Caller, box: Caller) -> None:
     """Its spool names the lease, so it is not lost."""
     lease = given(hub, box, mia)
+    hub.hang_up(box, 0)
 
     assert hub.orders(box, lease.id, agent="agent-2") == OrdersAnswer()
 
     assert hub.end_job(box, lease.id).accepted
     assert hub.job(mia, lease.run_id).state == "succeeded"
+
+
+def test_a_second_agent_with_the_same_credential_waits_until_the_first_is_gone(
+    hub: Hub, mia: Caller, box: Caller
+) -> None:
+    lease = given(hub, box, mia)
+
+    with pytest.raises(Conflict, match="another agent works as box"):
+        hub.orders(box, agent="agent-2")
+
+    assert hub.orders(box, lease.id).drop == []  # the first has lost nothing
+    assert hub.job(mia, lease.run_id).state == "placed"
+    hub.end_job(box, lease.id)
+    hub.sql("UPDATE workers SET ordered_at = now() - interval '31 seconds' WHERE name = 'box'")
+    assert hub.orders(box, agent="agent-2") == OrdersAnswer()  # a machine that lost its power says no good-bye
+
+
+def test_a_lease_is_given_to_one_agent_only_whoever_waits(hub: Hub, mia: Caller, box: Caller) -> None:
+    """Two that were let in one after the other, because the first had said good-bye, and both waited."""
+
+    async def waiting(count: int) -> None:
+        topic = f"orders:{box.subject}"
+        while len(hub.desk.news._waiting.get(topic, ())) < count:
+            await asyncio.sleep(0.01)  # a poll: the test's own time limit bounds it
+
+    async def story() -> list[OrdersAnswer]:
+        first = asyncio.ensure_future(hub.ask_orders(box, agent="agent-1", wait_s=2))
+        await waiting(1)
+        await work.leave(hub.desk, box)
+        second = asyncio.ensure_future(hub.ask_orders(box, agent="agent-2", wait_s=2))
+        await waiting(2)
+        await placing.run_pass(hub.desk)
+        return list(await asyncio.gather(first, second))
+
+    hub.submit_job(mia)
+    answers = hub.run(story())
+
+    assert sum(len(answer.leases) for answer in answers) == 1
 
 
 def test_what_is_no_live_lease_of_the_worker_is_dropped(hub: Hub, mia: Caller, box: Caller) -> None:

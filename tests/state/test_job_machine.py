@@ -125,7 +125,14 @@ class JobMachine(RuleBasedStateMachine):
         """The answer may get lost; then the worker does not know of it."""
         agent, lost = self._agent(luck), luck.choice([False, False, False, True])
         holding = [*agent.holds, *(lease for lease, _ in agent.unsaid)]
-        answer = self.hub.orders(agent.worker, *holding, agent=agent.name, now=machine(cpu=4))
+        try:
+            answer = self.hub.orders(agent.worker, *holding, agent=agent.name, now=machine(cpu=4))
+        except Conflict:  # a twin is there, or was half a minute ago
+            self.hub.sql(
+                "UPDATE workers SET ordered_at = ordered_at - interval '31 seconds' WHERE id = %(w)s",
+                w=agent.worker.subject,
+            )
+            return
         if lost:
             return
         self._obey(agent, answer)
@@ -186,6 +193,7 @@ class JobMachine(RuleBasedStateMachine):
         self.serial += 1
         agent.name = f"agent-{self.serial}"
         agent.holds = set()
+        self.hub.hang_up(agent.worker, 0)
 
     def come_and_go(self, luck: Random) -> None:
         what = luck.choice(["join", "twin", "leave", "revoke"])

@@ -126,10 +126,15 @@ async def _arrive(desk: Desk, caller: Caller, request: OrdersRequest) -> tuple[A
             executors=as_json(clean.executors),
             labels=as_json(clean.labels),
         )
+        if row is None and await tx.row("worker_stands", worker_id=caller.subject) is not None:
+            raise Conflict(
+                f"another agent works as {caller.name} at this moment, from a copy of this folder perhaps: one credential "
+                "is for one machine. Stop the other one, or join here with a link of its own (potluck join LINK --home DIR)"
+            )
         if row is None:
             raise NotKnown("this hub does not know this worker any more: join again with a fresh link")
         if ids:
-            await tx.rows("hold_commands", ids=ids, worker_id=caller.subject, agent=clean.agent)
+            await tx.rows("hold_commands", ids=ids, worker_id=caller.subject, agent=clean.agent, is_new=False)
         seen = await _look(tx, caller)
     same = (clean.rules, clean.executors, clean.labels) == (
         as_type(row["rules"], Rules),
@@ -223,7 +228,9 @@ async def _deliver(
             await attempts.give_up(desk, row["run_id"], row["id"], _failed(why))
     # Not relaxed: a crash that forgot whose it is would let it go after a minute, though it may run for its whole patience.
     async with desk.ledger.transaction() as tx:
-        held = await tx.rows("hold_commands", ids=list(given), worker_id=caller.subject, agent=arrival.request.agent)
+        held = await tx.rows(
+            "hold_commands", ids=list(given), worker_id=caller.subject, agent=arrival.request.agent, is_new=True
+        )
     return [given[row["id"]] for row in held]
 
 

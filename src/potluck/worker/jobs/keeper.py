@@ -196,7 +196,7 @@ class Keeper:
             self._trim()
 
     def _ask_for_ever(self) -> None:
-        idle = 0
+        idle, refused = 0, ""
         while not self._line.closed.is_set():
             begun, wait_s = clock(), self._wait_s()
             try:
@@ -207,10 +207,13 @@ class Keeper:
                     return
                 continue
             except PotluckError as error:
-                self._say(f"the hub refuses to give orders: {error}", True)
+                if refused != str(error):  # once, not every five seconds for a night
+                    self._say(f"the hub refuses to give orders: {error}", True)
+                refused = str(error)
                 if self._line.closed.wait(5):
                     return
                 continue
+            refused = ""
             news = self._take(answer, sent_at, held)
             early = not news and clock() - begun < min(EARLY_S, wait_s / 2)
             idle = idle + 1 if early else 0

@@ -102,14 +102,17 @@ UPDATE jobs SET rank = new.rank FROM new WHERE jobs.run_id = new.run_id;
 -- A worker asks for orders: a sign of life. What it was before tells whether the placement should look again.
 WITH old AS (
     SELECT id, machine, rules, executors, labels,
-        state <> 'left' AND hung_up_at IS NULL AND ordered_at > now() - interval '45 seconds' AS was_present
+        state <> 'left' AND hung_up_at IS NULL AND ordered_at > now() - interval '45 seconds' AS was_present,
+        -- one agent at a time: the next may come when the one before said good-bye, hung up, or has long been silent
+        agent IN ('', %(agent)s) OR state = 'left' OR hung_up_at IS NOT NULL OR ordered_at IS NULL
+            OR ordered_at < now() - interval '30 seconds' AS is_next
     FROM workers WHERE id = %(worker_id)s FOR NO KEY UPDATE
 )
 UPDATE workers SET agent = %(agent)s, ordered_at = now(), last_seen = now(), hung_up_at = NULL, machine = %(machine)s,
     rules = %(rules)s, executors = %(executors)s, labels = %(labels)s,
     -- the last request of an agent that said good-bye does not bring it back; a new agent does
     state = CASE WHEN workers.state = 'left' AND workers.agent <> %(agent)s THEN 'idle' ELSE workers.state END
-FROM old WHERE workers.id = old.id
+FROM old WHERE workers.id = old.id AND old.is_next
 RETURNING old.machine, old.rules, old.executors, old.labels, COALESCE(old.was_present, false) AS was_present,
     workers.ordered_at, workers.draining_at IS NOT NULL AS draining;
 
@@ -132,6 +135,7 @@ ORDER BY leases.id;
 WITH held AS (
     SELECT id FROM leases
     WHERE id = ANY(%(ids)s::uuid[]) AND worker_id = %(worker_id)s AND kind = 'command' AND ended_at IS NULL
+        AND (agent IN ('', %(agent)s) OR NOT %(is_new)s) -- what is given now goes to one agent only
     ORDER BY id FOR UPDATE
 )
 UPDATE leases SET deadline = now() + ttl, agent = %(agent)s FROM held WHERE leases.id = held.id RETURNING leases.id;
