@@ -264,6 +264,7 @@ time.sleep(1000)
     until(lambda: len(marked(mark)) >= 2, "the detached one")
 
     process.send_signal(signal.SIGKILL)
+    process.wait(30)  # its lock goes with it
 
     until(lambda: not marked(mark), "its processes to be gone")
     assert list((tmp_path / "home/jobs").iterdir())
