@@ -15,12 +15,17 @@ from potluck.errors import PotluckError
 from potluck.testing import LocalCluster
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_whatever_is_killed_no_job_is_lost_run_twice_or_stuck(houseless: LocalCluster, shared: Path, seed: int) -> None:
     chance = random.Random(seed)
     names = ("ann", "bob", "cem")
     for name in names:
         houseless.add_worker(name, arguments=(*PLAIN, "--max-tasks", "2"))
+    homes = [houseless.folder / "workers" / name for name in names]
+    houseless.until(
+        lambda: all((home / "credential.json").exists() for home in homes), timeout_s=60, what="the workers"
+    )
     jobs = [count(houseless, shared, chance.randint(5, 60), retries=50, patience_s=15) for _ in range(10)]
 
     for _ in range(8):
