@@ -1,6 +1,7 @@
 """Potluck trains models on the machines people bring.
 
-In a job, `potluck.log(step, loss=0.3, sample=image)` records figures and pictures (potluck/job.py).
+In a job, `potluck.log(step, loss=0.3, sample=image)` records figures and pictures (potluck/job.py), and
+`potluck.gang.join()` makes the script a member of a gang, or of a gang of one (potluck/train/gang).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from potluck.job import log as log
+    from potluck.train import gang as gang
 
 __version__ = "0.1.0"
 
@@ -20,4 +22,9 @@ def __getattr__(name: str) -> Any:
 
         globals()["log"] = log
         return log
+    if name == "gang":
+        from potluck.train import gang
+
+        globals()["gang"] = gang
+        return gang
     raise AttributeError(f"module 'potluck' has no attribute {name!r}")

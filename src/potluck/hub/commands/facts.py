@@ -77,6 +77,11 @@ async def gather(tx: Transaction) -> Raw:
     )
 
 
+async def machines(tx: Transaction) -> list[Machine]:
+    """All machines, as if nothing ran there."""
+    return [_machine(row, []) for row in await tx.rows("machines")]
+
+
 def build(raw: Raw) -> Facts:
     held: defaultdict[str, list[Held]] = defaultdict(list)
     usage = {row["owner"]: fairness.decay(row["amount"], row["age_s"]) for row in raw.usages}

@@ -15,7 +15,7 @@ from potluck.domain import job as job_
 from potluck.domain.job import ENDED, STATES, JobSpec
 from potluck.domain.names import clean_name
 from potluck.domain.outcome import Ending
-from potluck.domain.placement import Waiting, impossible
+from potluck.domain.placement import Waiting
 from potluck.domain.resources import Demand, describe, read
 from potluck.errors import BadInput, Conflict, NotAllowed, NotFound
 from potluck.hub.commands import attempts, placing, secrets
@@ -103,9 +103,7 @@ async def _check(desk: Desk, caller: Caller, spec: JobSpec) -> Demand:
     demand = read(spec.resources, image=spec.image)
     async with desk.ledger.transaction() as tx:
         await secrets.check_there(tx, caller.subject, spec.secrets)
-    made = await placing.forecast(desk)
-    if made.facts.machines and (why := impossible(demand, made.facts.machines)):
-        raise BadInput(why)
+    await placing.check_possible(desk, demand)
     return demand
 
 

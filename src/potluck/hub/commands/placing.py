@@ -12,7 +12,8 @@ import uuid
 from dataclasses import dataclass
 
 from potluck.domain import fairness
-from potluck.domain.placement import Explanation, Placed, Plan, Waiting, explain
+from potluck.domain.placement import Explanation, Placed, Plan, Waiting, explain, impossible
+from potluck.domain.resources import Demand
 from potluck.errors import BadInput, NotFound
 from potluck.hub.commands import facts as facts_
 from potluck.hub.commands.desk import Desk, as_json, pass_on, spread
@@ -134,6 +135,20 @@ async def forecast(desk: Desk) -> Forecast:
     made = Forecast(facts, plan, clock(), clock() - begun, ticket)
     desk.memory.forecast = made
     return made
+
+
+async def check_possible(desk: Desk, demand: Demand) -> None:
+    """Raise `BadInput` for more than any machine of this hub has, even an empty one.
+
+    The machines of the newest plan are enough for a yes, however old it is; a no is looked up.
+    """
+    last = desk.memory.forecast
+    if last is not None and last.facts.machines and not impossible(demand, last.facts.machines):
+        return
+    async with desk.ledger.transaction() as tx:
+        machines = await facts_.machines(tx)
+    if why := impossible(demand, machines):
+        raise BadInput(why)
 
 
 async def queue(desk: Desk) -> list[Outlook]:
