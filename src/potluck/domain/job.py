@@ -42,6 +42,18 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class GangSpec:
+    """How many machines train together, and how. `potluck.yaml`: `gang: 2..8`, or a mapping with these keys."""
+
+    least: int = 2  # without so many no step is taken, and nothing is begun
+    most: int = 2
+    batch: int = 0  # samples in a step of the whole gang; 0: as the script says
+    policy: str = "dynamic"  # dynamic | proportional | uniform: how the batch is shared out
+    engine: str = "auto"  # auto | torchft | plain; auto: torchft where all members have it
+    compat: bool = False  # an unmodified torchrun script: exactly `most` members with RANK, WORLD_SIZE and MASTER_*
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """A job as `potluck.yaml`, the command line and the API say it. Times in seconds."""
 
@@ -61,6 +73,7 @@ class JobSpec:
     patience_s: float = 120.0  # how long its worker may be silent (a cut network) before the job counts as lost
     procs: int = 1  # processes on the machine, by torchrun
     network: bool = True
+    gang: GangSpec | None = None  # several machines; one member each
 
 
 # --- what is allowed ------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Plain frozen dataclasses, so that FastAPI (hub) and msgspec (everybody else) read the very same definitions:
 
-    client / worker  ──HTTP──►  hub        pool.py, jobs.py: *Request and *Answer classes, `Lease`, `RunView`, ...
+    client / worker  ──HTTP──►  hub        pool.py, jobs.py, gangs.py: *Request and *Answer classes, `Lease`, `RunView`, ...
     agent            ──stdin─►  child      child.py, `ToChild`: one JSON line an instruction
     child            ──pipe──►  agent      child.py, `FromChild`: one JSON line an event
 
@@ -28,6 +28,18 @@ from potluck.protocol.child import (
     Stepping,
     ToChild,
     WeightFile,
+)
+from potluck.protocol.gangs import (
+    Door,
+    GangRequest,
+    GangView,
+    Knock,
+    Link,
+    Meeting,
+    MeetOrder,
+    Membership,
+    MemberView,
+    Reached,
 )
 from potluck.protocol.jobs import (
     AttemptView,
@@ -117,6 +129,7 @@ __all__ = [
     "DoMerge",
     "DoTaste",
     "DoUnit",
+    "Door",
     "Drop",
     "End",
     "Event",
@@ -124,6 +137,8 @@ __all__ = [
     "Fates",
     "Finished",
     "FromChild",
+    "GangRequest",
+    "GangView",
     "GitState",
     "GpuNow",
     "HandIn",
@@ -142,11 +157,17 @@ __all__ = [
     "JoinAnswer",
     "JoinRequest",
     "Json",
+    "Knock",
     "Layout",
     "Lease",
     "LeaseRequest",
+    "Link",
     "LogPiece",
     "MachineNow",
+    "MeetOrder",
+    "Meeting",
+    "MemberView",
+    "Membership",
     "MergeInput",
     "MergePolicy",
     "MergeSpec",
@@ -161,6 +182,7 @@ __all__ = [
     "Progress",
     "QueueMove",
     "Quota",
+    "Reached",
     "Ready",
     "Rebase",
     "Rebased",

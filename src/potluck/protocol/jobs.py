@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from potluck.domain.job import JobSpec
+from potluck.protocol.gangs import Door, Knock, Meeting, MeetOrder, Membership, Reached
 from potluck.protocol.pool import Blob, Json
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -108,6 +109,8 @@ class JobView:
     project: Blob | None = None
     git: GitState | None = None
     attempts: list[AttemptView] = field(default_factory=list)  # oldest first
+    gang: str = ""  # the gang that it is a member of
+    member: int = 0  # which one, from 1
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,9 @@ class MachineNow:
     gpus: list[GpuNow] = field(default_factory=list)
     os: str = ""  # linux | macos | windows
     arch: str = ""  # x86_64 | arm64
+    engines: list[str] = field(
+        default_factory=list
+    )  # of gangs, in the machine's own Python: plain (any torch), torchft
 
 
 @dataclass(frozen=True)
@@ -230,6 +236,9 @@ class OrdersRequest:
     rules: Rules = field(default_factory=Rules)
     executors: list[str] = field(default_factory=list)  # that work here: podman, docker, apptainer, bubblewrap, process
     labels: dict[str, str] = field(default_factory=dict)
+    door: Door | None = None  # where other workers can knock; None: this worker takes part in no gang
+    reached: list[Reached] = field(default_factory=list)  # what came of the knocks that the last answer asked for
+    meetings: list[Meeting] = field(default_factory=list)  # of the gang members here: the meeting place that they know
 
 
 @dataclass(frozen=True)
@@ -254,6 +263,7 @@ class JobLease:
     disk_bytes: int = 0
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
     resume_from: Blob | None = None  # of a Tree: the newest checkpoint of an earlier attempt
+    gang: Membership | None = None
 
 
 @dataclass(frozen=True)
@@ -271,6 +281,10 @@ class OrdersAnswer:
     end: list[End] = field(default_factory=list)
     drop: list[str] = field(default_factory=list)  # in `holding`, but no longer this worker's: kill, do not report
     draining: bool = False
+    knock: list[Knock] = field(default_factory=list)  # find out whether these workers can be reached
+    meet: list[MeetOrder] = field(
+        default_factory=list
+    )  # gang members here that meet elsewhere now
 
 
 @dataclass(frozen=True)

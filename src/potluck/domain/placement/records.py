@@ -57,6 +57,19 @@ class Machine:
     present: bool = True
     draining: bool = False
     held: tuple[Held, ...] = ()
+    engines: frozenset[str] = frozenset()  # of gangs, in its own Python
+    has_door: bool = False  # other workers can try to reach it
+
+
+@dataclass(frozen=True, slots=True)
+class GangPlace:
+    """A job that is a member of a gang: it goes where it reaches the others, to a machine of its own."""
+
+    gang: str
+    member: int  # from 1
+    needed: int  # so many members must be placed in one pass, or none; 1: the gang is formed, each may come when it can
+    on: frozenset[str] = frozenset()  # machines (ids) that have a member already
+    engine: str = "auto"  # auto: no matter, the gang is not formed; else only machines that have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,7 @@ class Waiting:
     queued_at: float = 0.0  # seconds since 1970
     timeout_s: float | None = None  # how long it runs at most
     avoid: frozenset[str] = frozenset()  # machines (ids) that gave it back a moment ago
+    gang: GangPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +107,7 @@ class Placed:
     worker: str  # a machine's id
     grant: Grant
     reason: str
+    address: str = ""  # of a gang's member: how the others reach its machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +130,7 @@ class Plan:
     order: tuple[str, ...] = ()  # every job, in the order in which it had its turn
     kept: tuple[Reservation, ...] = ()  # all for one job, the soonest first
     placed_by: Mapping[str, int] = field(default_factory=dict)  # owner → jobs placed
+    knocks: tuple[tuple[str, str], ...] = ()  # (from, to): machines that a gang would use, and nobody knows of the way
 
     @property
     def reserved(self) -> Reservation | None:
