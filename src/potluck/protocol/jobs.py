@@ -282,9 +282,7 @@ class OrdersAnswer:
     drop: list[str] = field(default_factory=list)  # in `holding`, but no longer this worker's: kill, do not report
     draining: bool = False
     knock: list[Knock] = field(default_factory=list)  # find out whether these workers can be reached
-    meet: list[MeetOrder] = field(
-        default_factory=list
-    )  # gang members here that meet elsewhere now
+    meet: list[MeetOrder] = field(default_factory=list)  # gang members here that meet elsewhere now
 
 
 @dataclass(frozen=True)

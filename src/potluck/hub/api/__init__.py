@@ -24,7 +24,7 @@ log = logger("hub.api")
 
 def install(app: FastAPI) -> None:
     """Routes and error answers."""
-    for router in (room.health, room.router, jobs.router, keeping.router):
+    for router in (jobs.of_workers, room.health, room.router, jobs.router, keeping.router):
         app.include_router(router)
 
     @app.exception_handler(PotluckError)

@@ -26,6 +26,8 @@ from potluck.protocol import (
 )
 
 router = APIRouter(prefix="/api/v1")
+of_workers = APIRouter(prefix="/api/v1")
+"""Installed before all others: routes are looked through in their order, and a thousand workers ask for these."""
 
 Wait = Annotated[float, Query(ge=0, le=30)]
 
@@ -131,7 +133,7 @@ async def set_quota(desk: At, caller: Asking, body: Quota) -> list[Quota]:
 # --- workers --------------------------------------------------------------------------------------------------------
 
 
-@router.post("/orders", **roles(access.WORKERS))
+@of_workers.post("/orders", **roles(access.WORKERS))
 async def take_orders(desk: At, caller: Asking, request: Request, body: OrdersRequest, wait: Wait = 0) -> OrdersAnswer:
     async def gone() -> None:
         # The body has been read: the next message can only be the end of the connection.
@@ -141,16 +143,16 @@ async def take_orders(desk: At, caller: Asking, request: Request, body: OrdersRe
     return await orders.orders(desk, caller, body, wait, gone=gone)
 
 
-@router.post("/leases/{lease_id}/progress", status_code=204, **roles(access.WORKERS))
+@of_workers.post("/leases/{lease_id}/progress", status_code=204, **roles(access.WORKERS))
 async def progress(desk: At, caller: Asking, lease_id: str, body: JobProgress) -> None:
     await attempts.progress(desk, caller, lease_id, body)
 
 
-@router.post("/leases/{lease_id}/end", **roles(access.WORKERS))
+@of_workers.post("/leases/{lease_id}/end", **roles(access.WORKERS))
 async def end(desk: At, caller: Asking, lease_id: str, body: JobReport) -> ReportAnswer:
     return await attempts.end(desk, caller, lease_id, body)
 
 
-@router.post("/leases/{lease_id}/checkpoint", status_code=204, **roles(access.WORKERS))
+@of_workers.post("/leases/{lease_id}/checkpoint", status_code=204, **roles(access.WORKERS))
 async def checkpoint(desk: At, caller: Asking, lease_id: str, body: CheckpointReport) -> None:
     await attempts.checkpoint(desk, caller, lease_id, body)

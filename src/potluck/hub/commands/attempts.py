@@ -21,11 +21,10 @@ from potluck.domain.names import clean_name
 from potluck.domain.outcome import OUTCOMES, Ending, Standing, Verdict, settle
 from potluck.domain.resources import Grant
 from potluck.errors import BadInput, Fenced
-from potluck.hub.commands import placing
 from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, note, pass_on, spread
 from potluck.hub.commands.forms import MOST_BYTES, amount, as_uuid, count, one_line
 from potluck.hub.commands.trees import OUTPUT_BYTES, read_tree
-from potluck.hub.store import Transaction
+from potluck.hub.store import CHANNEL, Transaction
 from potluck.protocol import Blob, CheckpointReport, JobProgress, JobReport, Json, ReportAnswer, Usage
 
 HUNG_UP = timedelta(seconds=10)
@@ -59,8 +58,10 @@ async def progress(desk: Desk, caller: Caller, lease_id: str, said: JobProgress)
     if said.state not in ("preparing", "running"):
         raise BadInput(f"an attempt cannot become `{said.state[:40]}`: it is preparing or running")
     environment, executor = _notes(said.environment), clean_name(said.executor, "")
-    async with desk.ledger.transaction() as tx:
-        job, held = await _lock(tx, caller, lease_id)
+    id_ = as_uuid(lease_id)
+    run_id = await _theirs(desk, caller, id_)
+    async with desk.ledger.transaction(relaxed=True) as tx:
+        job, held = await _lock(tx, run_id, id_)
         stage = max(said.state, held["state"], key=_STAGES.index)
         await tx.run(
             "progress_of_job",
@@ -78,16 +79,17 @@ async def progress(desk: Desk, caller: Caller, lease_id: str, said: JobProgress)
             text = f"{job['id']} {verb} on {held['worker']}" + (f": {what}" if what else "")
             await note(tx, f"job.{said.state}", job["id"], text, run_id=job["id"], actor=caller.name)
             await spread(tx, "job", [job["id"]])
+    await desk.ledger.flush()
     _tell(desk, job["id"])
 
 
 async def checkpoint(desk: Desk, caller: Caller, lease_id: str, report: CheckpointReport) -> None:
     """From here the next attempt goes on."""
-    async with desk.ledger.transaction() as tx:
-        await _theirs(tx, caller, as_uuid(lease_id))  # nothing is read, and no blob kept, for a stranger
+    id_ = as_uuid(lease_id)
+    run_id = await _theirs(desk, caller, id_)  # nothing is read, and no blob kept, for a stranger
     await read_tree(desk, report.tree, limit_bytes=OUTPUT_BYTES)
     async with desk.ledger.transaction() as tx:
-        job, held = await _lock(tx, caller, lease_id)
+        job, held = await _lock(tx, run_id, id_)
         await tx.run("keep_checkpoint", run_id=job["id"], number=held["number"], checkpoint=as_json(report.tree))
     _tell(desk, job["id"])
 
@@ -109,9 +111,8 @@ async def end(desk: Desk, caller: Caller, lease_id: str, report: JobReport) -> R
         count(report.log_bytes, MOST_BYTES),
     )
     id_ = as_uuid(lease_id)
-    async with desk.ledger.transaction() as tx:
-        found = await tx.row("command_lease", lease_id=id_)
-    if found is None or found["kind"] != "command":
+    found = await _lease(desk, id_)
+    if found is None:
         return ReportAnswer(False, "this hub never gave this lease, or forgot it in a crash: the job is free again")
     if found["worker_id"] != caller.subject:
         return ReportAnswer(False, "this lease belongs to another worker")
@@ -123,16 +124,19 @@ async def end(desk: Desk, caller: Caller, lease_id: str, report: JobReport) -> R
             reason = f"{reason}; its outputs are lost: {error}".lstrip("; ")
     code = None if report.exit_code is None else min(max(report.exit_code, -(1 << 31)), (1 << 31) - 1)
     signal = clean_name(report.signal, "")[:20]
-    async with desk.ledger.transaction() as tx:
+    async with desk.ledger.transaction(relaxed=True) as tx:
         job, held = await _both(tx, found["run_id"], id_)
         if held["ended_at"] is not None:
             if (held["outcome"], held["exit_code"], held["signal"]) == (report.outcome, code, signal):
+                await desk.ledger.flush()  # whoever accepted it may still be waiting for the disk
                 return ReportAnswer(True, "accepted before")
             if held["outcome"] in OUTCOMES:
                 return ReportAnswer(False, "its end was reported before, otherwise")
             return ReportAnswer(False, f"too late: the lease was {held['outcome']} ({held['said']})")
         ending = Ending(report.outcome, held["worker"], code, signal, reason, bool(held["ran"]))
         verdict = await _close(tx, job, held, ending, facts, actor=caller.name)
+    # Only now wait for the disk: a NOTIFY lets one transaction commit after the other.
+    await desk.ledger.flush()
     _told(desk, job["id"], held["worker_id"])
     return ReportAnswer(True, f"{job['id']} is {verdict.job}")
 
@@ -206,6 +210,12 @@ async def _close(
     verdict = settle(ending, standing)
     # A job that was stopped says so with the words of whoever stopped it.
     reason = job["reason"] if job["state"] == "cancelled" else verdict.reason
+    if verdict.job == "queued":
+        text = f"{job['id']} waits again: {reason}"
+    elif job["state"] == "cancelled":
+        text = f"{job['id']} has ended on {held['worker']}: {verdict.attempt_reason}"
+    else:
+        text = f"{job['id']} {'was ' if verdict.job in ('cancelled', 'lost') else ''}{verdict.job}: {reason}"
     done = {"cancelled": "cancelled", "queued": "queued", "succeeded": "done", "lost": "lost"}
     await tx.run(
         "settle_attempt",
@@ -231,17 +241,13 @@ async def _close(
         returns=verdict.returns,
         avoid=held["worker_id"] if verdict.avoid else "",
         avoid_for=AVOID_FOR,
+        actor=actor,
+        text=text,
+        owner=job["owner"],
+        used=fairness.charge(as_type(held["granted"], Grant), held["seconds"]),
+        half_life_s=fairness.HALF_LIFE_S,
+        channel=CHANNEL,
     )
-    if verdict.job == "queued":
-        text = f"{job['id']} waits again: {reason}"
-    elif job["state"] == "cancelled":
-        text = f"{job['id']} has ended on {held['worker']}: {verdict.attempt_reason}"
-    else:
-        text = f"{job['id']} {'was ' if verdict.job in ('cancelled', 'lost') else ''}{verdict.job}: {reason}"
-    await note(tx, f"job.{verdict.job}", job["id"], text, run_id=job["id"], actor=actor)
-    used = fairness.charge(as_type(held["granted"], Grant), held["seconds"])
-    await placing.charge(tx, {job["owner"]: used})
-    await spread(tx, "job", [job["id"]])
     return verdict
 
 
@@ -253,21 +259,26 @@ async def _both(tx: Transaction, run_id: str, lease_id: uuid.UUID) -> tuple[dict
     return job, held
 
 
-async def _lock(tx: Transaction, caller: Caller, lease_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
+async def _lock(tx: Transaction, run_id: str, lease_id: uuid.UUID) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same for a worker that says something of a live lease of its own; else it is fenced off."""
-    id_ = as_uuid(lease_id)
-    job, held = await _both(tx, await _theirs(tx, caller, id_), id_)
+    job, held = await _both(tx, run_id, lease_id)
     if held["ended_at"] is not None:
         raise Fenced(f"the lease was {held['outcome']} ({held['said']}): end the job, the hub has moved on")
     return job, held
 
 
-async def _theirs(tx: Transaction, caller: Caller, lease_id: uuid.UUID) -> str:
+async def _theirs(desk: Desk, caller: Caller, lease_id: uuid.UUID) -> str:
     """The job of a lease that is this worker's, live or not; else it is fenced off."""
-    found = await tx.row("command_lease", lease_id=lease_id)
-    if found is None or found["kind"] != "command" or found["worker_id"] != caller.subject:
+    found = await _lease(desk, lease_id)
+    if found is None or found["worker_id"] != caller.subject:
         raise Fenced("this is no lease of yours: end the job, the hub has given it to nobody or to somebody else")
     return str(found["run_id"])
+
+
+async def _lease(desk: Desk, lease_id: uuid.UUID) -> dict[str, Any] | None:
+    """What of a job's lease never changes, and whether it is over."""
+    rows = await desk.ledger.shared("command_lease", lease_id=lease_id)
+    return rows[0] if rows and rows[0]["kind"] == "command" else None
 
 
 def _tell(desk: Desk, run_id: str) -> None:

@@ -18,10 +18,9 @@ from potluck.domain.outcome import Ending
 from potluck.domain.placement import Waiting
 from potluck.domain.resources import Demand, describe, read
 from potluck.errors import BadInput, Conflict, NotAllowed, NotFound
-from potluck.hub.commands import attempts, placing, secrets
+from potluck.hub.commands import attempts, placing, secrets, trees
 from potluck.hub.commands.desk import Caller, Desk, as_blob, as_json, as_type, new_run_id, note, pass_on, spread
-from potluck.hub.commands.trees import keep, read_tree
-from potluck.hub.store import Transaction
+from potluck.hub.store import CHANNEL, Transaction
 from potluck.protocol import AttemptView, GitState, JobRequest, JobView, Outlook, QueueMove, Usage, Why
 
 MOST_OPEN = 10_000
@@ -44,15 +43,16 @@ async def submit(desk: Desk, caller: Caller, request: JobRequest, *, key: str | 
                 return await _view(tx, caller, old["id"])
     spec = request.spec
     demand = await _check(desk, caller, spec)
-    async with desk.ledger.transaction() as tx:
+    tree = await trees.check(desk, request.project)
+    # Relaxed: a NOTIFY lets one transaction commit after the other, and they would all wait for the disk in a row.
+    async with desk.ledger.transaction(relaxed=True) as tx:
         open_ = await tx.row("count_open_jobs_of", owner=caller.subject)
-    if open_ is not None and open_["count"] >= MOST_OPEN:
-        raise Conflict(f"you have {MOST_OPEN:,} jobs that are not over: stop some, or wait until some have ended")
-    await read_tree(desk, request.project)
-    async with desk.ledger.transaction() as tx:
-        run_id = await new_run_id(tx, spec.name, "job")
+        if open_ is not None and open_["count"] >= MOST_OPEN:
+            raise Conflict(f"you have {MOST_OPEN:,} jobs that are not over: stop some, or wait until some have ended")
+        await trees.keep_tree(tx, request.project, tree)
         if request.git is not None and request.git.diff is not None:
-            await keep(tx, [request.git.diff], what="the diff of the uncommitted changes")
+            await trees.keep(tx, [request.git.diff], what="the diff of the uncommitted changes")
+        run_id = await new_run_id(tx, spec.name, "job")
         added = await tx.row(
             "add_job",
             id=run_id,
@@ -66,15 +66,15 @@ async def submit(desk: Desk, caller: Caller, request: JobRequest, *, key: str | 
             git=None if request.git is None else as_json(_clean_git(request.git)),
             priority=spec.priority,
             retries_left=spec.retries,
+            text=f"{caller.name} submitted {run_id}: {describe(demand)}",
+            channel=CHANNEL,
         )
         if added is None:  # the same request, at the same moment
             old = await tx.row("run_by_key", key=own_key)
             assert old is not None
-            return await _view(tx, caller, old["id"])
-        text = f"{caller.name} submitted {run_id}: {describe(demand)}"
-        await note(tx, "job.queued", run_id, text, run_id=run_id, actor=caller.name)
-        await spread(tx, "job", [run_id])
+            run_id = old["id"]
         view = await _view(tx, caller, run_id)
+    await desk.ledger.flush()
     _tell(desk, run_id)
     return view
 
@@ -101,8 +101,9 @@ async def _check(desk: Desk, caller: Caller, spec: JobSpec) -> Demand:
     """Refuse what could never run: a wrong word, a secret that is not there, more than any machine of this hub has."""
     job_.check(spec)
     demand = read(spec.resources, image=spec.image)
-    async with desk.ledger.transaction() as tx:
-        await secrets.check_there(tx, caller.subject, spec.secrets)
+    if spec.secrets:
+        async with desk.ledger.transaction() as tx:
+            await secrets.check_there(tx, caller.subject, spec.secrets)
     await placing.check_possible(desk, demand)
     return demand
 

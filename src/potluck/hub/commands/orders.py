@@ -22,7 +22,7 @@ from potluck.errors import BadInput, Conflict, LedgerError, NotKnown
 from potluck.hub.commands import attempts, secrets
 from potluck.hub.commands.desk import Caller, Desk, as_blob, as_json, as_type
 from potluck.hub.commands.forms import MOST_BYTES, amount, count
-from potluck.hub.store import Rows, Transaction
+from potluck.hub.store import Rows
 from potluck.protocol import Blob, End, GpuNow, JobLease, MachineNow, OrdersAnswer, OrdersRequest, Rules
 from potluck.telemetry import logger
 
@@ -87,8 +87,7 @@ async def orders(
                 _remember(desk, caller, answer, clock())
                 return answer
             ticket = desk.news.ticket(ticket[0])
-            async with desk.ledger.transaction() as tx:
-                seen = await _look(tx, caller)
+            seen = await _look(desk, caller)
     finally:
         if hung_up is not None:
             hung_up.cancel()
@@ -116,26 +115,32 @@ async def _arrive(desk: Desk, caller: Caller, request: OrdersRequest) -> tuple[A
     """Write down that it was here, and what its machine has; renew what it holds; look what there is for it."""
     clean = _clean(request)
     ids, strange = _ids(request.holding)
-    async with desk.ledger.transaction(relaxed=True) as tx:
-        row = await tx.row(
-            "orders_arrive",
+    rows = await desk.ledger.shared(
+        "orders_arrive",
+        apart=caller.subject,
+        worker_id=caller.subject,
+        agent=clean.agent,
+        machine=as_json(clean.now),
+        rules=as_json(clean.rules),
+        executors=as_json(clean.executors),
+        labels=as_json(clean.labels),
+    )
+    if not rows:
+        await _look(desk, caller)  # is it there at all?
+        raise Conflict(
+            f"another agent works as {caller.name} at this moment, from a copy of this folder perhaps: one credential "
+            "is for one machine. Stop the other one, or join here with a link of its own (potluck join LINK --home DIR)"
+        )
+    row = rows[0]
+    if ids:
+        await desk.ledger.shared(
+            "renew_commands",
+            apart=caller.subject,
             worker_id=caller.subject,
             agent=clean.agent,
-            machine=as_json(clean.now),
-            rules=as_json(clean.rules),
-            executors=as_json(clean.executors),
-            labels=as_json(clean.labels),
+            ids=as_json(ids),
         )
-        if row is None and await tx.row("worker_stands", worker_id=caller.subject) is not None:
-            raise Conflict(
-                f"another agent works as {caller.name} at this moment, from a copy of this folder perhaps: one credential "
-                "is for one machine. Stop the other one, or join here with a link of its own (potluck join LINK --home DIR)"
-            )
-        if row is None:
-            raise NotKnown("this hub does not know this worker any more: join again with a fresh link")
-        if ids:
-            await tx.rows("hold_commands", ids=ids, worker_id=caller.subject, agent=clean.agent, is_new=False)
-        seen = await _look(tx, caller)
+    seen = await _look(desk, caller)
     same = (clean.rules, clean.executors, clean.labels) == (
         as_type(row["rules"], Rules),
         row["executors"],
@@ -147,11 +152,14 @@ async def _arrive(desk: Desk, caller: Caller, request: OrdersRequest) -> tuple[A
     return Arrival(clean, frozenset(ids), strange, row["ordered_at"], row["draining"]), seen
 
 
-async def _look(tx: Transaction, caller: Caller) -> Seen:
-    stands = await tx.row("worker_stands", worker_id=caller.subject)
-    if stands is None or stands["revoked"]:
+async def _look(desk: Desk, caller: Caller) -> Seen:
+    rows = await desk.ledger.shared("orders_look", worker_id=caller.subject)
+    if not rows:
+        raise NotKnown("this hub does not know this worker any more: join again with a fresh link")
+    if rows[0]["revoked"]:
         raise NotKnown("this worker was revoked: end what it does, and ask whoever runs this hub")
-    return Seen(stands["draining"], stands["owner"], await tx.rows("commands_to_do", worker_id=caller.subject))
+    leases = [row for row in rows if row["id"] is not None]
+    return Seen(rows[0]["draining"], rows[0]["worker_owner"], leases)
 
 
 async def _judge(desk: Desk, caller: Caller, arrival: Arrival, seen: Seen) -> tuple[OrdersAnswer, bool, float]:
@@ -226,11 +234,9 @@ async def _deliver(
             why = str(error)
             log.warning("lease.unusable", run=row["run_id"], reason=why)
             await attempts.give_up(desk, row["run_id"], row["id"], _failed(why))
-    # Not relaxed: a crash that forgot whose it is would let it go after a minute, though it may run for its whole patience.
-    async with desk.ledger.transaction() as tx:
-        held = await tx.rows(
-            "hold_commands", ids=list(given), worker_id=caller.subject, agent=arrival.request.agent, is_new=True
-        )
+    held = await desk.ledger.shared(
+        "give_commands", worker_id=caller.subject, agent=arrival.request.agent, ids=as_json(list(given))
+    )
     return [given[row["id"]] for row in held]
 
 

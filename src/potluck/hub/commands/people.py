@@ -55,10 +55,10 @@ async def put_admin(desk: Desk, token: str) -> None:
 async def authenticate(desk: Desk, token: str) -> Caller:
     if not token:
         raise NotKnown("this needs a credential: join with a link, or set POTLUCK_TOKEN")
-    async with desk.ledger.transaction() as tx:
-        row = await tx.row("credential", token_sha256=sha256(token))
-    if row is None:
+    rows = await desk.ledger.shared("credential", token_sha256=sha256(token))
+    if not rows:
         raise NotKnown("this hub does not know this credential: join again with a fresh link")
+    row = rows[0]
     if row["revoked"]:
         raise NotKnown(f"the credential of {row['name']} was revoked: ask whoever runs this hub")
     return Caller(row["role"], row["subject"], row["name"], row["trusted"])

@@ -21,6 +21,14 @@ async def read_tree(desk: Desk, blob: Blob, *, limit_bytes: int = PROJECT_BYTES)
 
     Raises `BadInput` that names the path: at submit, and when a worker hands in outputs or a checkpoint.
     """
+    tree = await check(desk, blob, limit_bytes=limit_bytes)
+    async with desk.ledger.transaction() as tx:
+        await keep_tree(tx, blob, tree)
+    return tree
+
+
+async def check(desk: Desk, blob: Blob, *, limit_bytes: int = PROJECT_BYTES) -> Tree:
+    """The first half of `read_tree`: the paths and sizes. Whether the files are here, `keep_tree` finds out."""
     tree = await load(desk, blob)
     if len(tree.files) > MAX_FILES:
         raise BadInput(f"the folder has {len(tree.files):,} files: at most {MAX_FILES:,} are taken")
@@ -32,10 +40,13 @@ async def read_tree(desk: Desk, blob: Blob, *, limit_bytes: int = PROJECT_BYTES)
             f"the folder is {tree.size_bytes / 1e9:.2f} GB large, and at most {limit_bytes / 1e9:.2f} GB are taken: "
             f"the largest file is {largest.path}"
         )
-    async with desk.ledger.transaction() as tx:
-        await keep(tx, [blob], what="the list of files")
-        await keep(tx, [file.blob for file in tree.files], [file.path for file in tree.files])
     return tree
+
+
+async def keep_tree(tx: Transaction, blob: Blob, tree: Tree) -> None:
+    """Let no sweep take the tree and its files. `BadInput` if one is not here."""
+    names = ["the list of files", *(file.path for file in tree.files)]
+    await keep(tx, [blob, *(file.blob for file in tree.files)], names)
 
 
 async def load(desk: Desk, blob: Blob) -> Tree:

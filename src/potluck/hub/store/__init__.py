@@ -5,6 +5,7 @@ vocabulary, split by reason to change: `people` (invites, credentials, workers),
 name and a file under hub/sql/queries.
 """
 
-from potluck.hub.store.ledger import Ledger, Rows, Transaction
+from potluck.hub.store.ledger import CHANNEL, Ledger, Transaction
+from potluck.hub.store.shared import Rows
 
-__all__ = ["Ledger", "Rows", "Transaction"]
+__all__ = ["CHANNEL", "Ledger", "Rows", "Transaction"]

@@ -15,18 +15,18 @@ import msgspec
 import psycopg
 import psycopg.errors
 from psycopg import AsyncConnection
-from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from potluck.errors import BadInput, LedgerError, TryLater
+from potluck.hub.store.shared import Rows, Shared
 from potluck.telemetry import logger
 
 log = logger("hub.ledger")
-Rows = list[dict[str, Any]]
 CHANNEL = "potluck"
 _MIGRATION_LOCK = 0x706F746C  # "potl"
+_BEGIN_RELAXED = "BEGIN; SET LOCAL synchronous_commit TO off"  # one round trip
 
 set_json_dumps(lambda value: msgspec.json.encode(value).decode())
 set_json_loads(msgspec.json.decode)
@@ -71,10 +71,6 @@ class Transaction:
         """How many rows the statement touched."""
         return (await self._connection.execute(statements()[statement], values)).rowcount
 
-    async def relaxed(self) -> None:
-        """Commit without waiting for the disk: for what a crash may forget without harm (leases, heartbeats)."""
-        await self._connection.execute("SET LOCAL synchronous_commit TO off")
-
     async def notify(self, news: str) -> None:
         """Tell every hub copy, when this transaction commits. Never on the hot path: NOTIFY serialises commits."""
         await self._connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, news))
@@ -91,10 +87,10 @@ class Ledger:
             max_size=pool_size,
             open=False,
             timeout=8,
-            kwargs={"row_factory": dict_row, "application_name": "potluck-hub"},
+            kwargs={"row_factory": dict_row, "application_name": "potluck-hub", "autocommit": True},
             check=_check,
-            reset=_used,
         )
+        self._shared: dict[str, Shared] = {}
 
     async def open(self) -> None:
         """Connect and bring the schema up to date. Only one hub copy migrates at a time."""
@@ -110,13 +106,13 @@ class Ledger:
 
     @contextlib.asynccontextmanager
     async def transaction(self, *, relaxed: bool = False) -> AsyncIterator[Transaction]:
-        """One transaction; a lost connection or a full pool is `TryLater`, since the hub itself is well."""
-        with _explained():
-            async with self._pool.connection() as connection:
-                transaction = Transaction(connection)
-                if relaxed:
-                    await transaction.relaxed()
-                yield transaction
+        """One transaction; a lost connection or a full pool is `TryLater`, since the hub itself is well.
+
+        `relaxed`: it does not wait for the disk. For what a crash may forget without harm, and before a `flush`.
+        """
+        async with self._connection() as connection:
+            await connection.execute(_BEGIN_RELAXED if relaxed else "BEGIN")
+            yield Transaction(connection)  # committed, or rolled back, with the connection's own context
 
     async def once(self, statement: str, /, **values: Any) -> dict[str, Any] | None:
         """The first row of a statement that is a transaction of its own: it is committed before we hear of it.
@@ -124,24 +120,45 @@ class Ledger:
         For the statements that lock what many want. In a `transaction`, their locks would be held until this process,
         which may have a hundred other things to do, gets round to sending the COMMIT.
         """
-        with _explained():
-            async with self._pool.connection() as connection:
-                await connection.set_autocommit(True)
-                try:
-                    return await Transaction(connection).row(statement, **values)
-                finally:
-                    if connection.info.transaction_status == TransactionStatus.IDLE:
-                        await connection.set_autocommit(False)
-                    else:
-                        await connection.close()  # given up half-way: the pool makes another
+        async with self._connection() as connection:
+            return await Transaction(connection).row(statement, **values)
+
+    async def shared(self, statement: str, /, *, apart: object = None, **values: Any) -> Rows:
+        """The rows of a statement that answers many requests at once, and is a transaction of its own.
+
+        Its parameters are arrays with an element for each request; each row says in `n`, from 1, whose it is. Requests
+        that come while one statement is on its way share the next: so a hub with a thousand workers asks its ledger a
+        few hundred times a second, not thousands of times. Those with an equal `apart` never share one.
+        """
+        queue = self._shared.get(statement)
+        if queue is None:
+            queue = self._shared[statement] = Shared(lambda asked: self._ask(statement, asked))
+        return await queue.ask(apart, values)
+
+    async def _ask(self, statement: str, asked: list[dict[str, Any]]) -> list[Rows]:
+        arrays = {name: [values[name] for values in asked] for name in asked[0]}
+        async with self._connection() as connection:
+            rows = await Transaction(connection).rows(statement, **arrays)
+        answers: list[Rows] = [[] for _ in asked]
+        for row in rows:
+            answers[row["n"] - 1].append(row)
+        return answers
 
     async def flush(self) -> None:
         """Return when everything that was committed before is on the disk.
 
         A durable transaction holds its row locks until the disk has answered. Where many want the same row, commit
-        `relaxed`, flush, and only then tell the caller: the same promise, and nobody else waits for the disk.
+        `relaxed`, flush, and only then tell the caller: the same promise, nobody else waits for the disk, and those who
+        wait for it wait together.
         """
-        await self.once("flush")
+        await self.shared("flush", one=1)
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AsyncConnection[DictRow]]:
+        with _explained():
+            async with self._pool.connection() as connection:
+                yield connection
+                connection.__dict__["used_at"] = time.monotonic()
 
     async def listen(self, heard: Callable[[str], None]) -> None:
         """Call `heard` with every piece of news, for ever; reconnects, and then says "" (something may be missed)."""
@@ -159,10 +176,6 @@ class Ledger:
 
 TRUSTED_S = 1.0
 """A connection that worked so lately is not asked whether it lives: that costs a round trip for each transaction."""
-
-
-async def _used(connection: AsyncConnection[DictRow]) -> None:
-    connection.__dict__["used_at"] = time.monotonic()
 
 
 async def _check(connection: AsyncConnection[DictRow]) -> None:

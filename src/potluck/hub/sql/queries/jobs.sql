@@ -1,15 +1,18 @@
 -- name: add_job
--- A run, its one task and the job, in one statement; nothing if the key was used before.
+-- A run, its one task, the job, the event and the news, in one statement; nothing if the key was used before.
 WITH run AS (
     INSERT INTO runs (id, name, mode, created_by, idempotency_key)
     VALUES (%(id)s, %(name)s, 'job', %(created_by)s, %(key)s)
     ON CONFLICT (idempotency_key) DO NOTHING RETURNING id
 ), task AS (
     INSERT INTO tasks (run_id, kind) SELECT id, 'command' FROM run RETURNING id, run_id
+), event AS (
+    INSERT INTO events (kind, subject, run_id, actor, text)
+    SELECT 'job.queued', id, id, %(created_by)s, %(text)s FROM run
 )
 INSERT INTO jobs (run_id, task_id, owner, spec, needs, project, git, priority, retries_left)
 SELECT run_id, id, %(owner)s, %(spec)s, %(needs)s, %(project)s, %(git)s, %(priority)s, %(retries_left)s FROM task
-RETURNING run_id;
+RETURNING run_id, pg_notify(%(channel)s, 'job:' || run_id);
 
 -- name: job_by_id
 SELECT run_id AS id FROM jobs WHERE run_id = %(ref)s;
@@ -83,7 +86,9 @@ UPDATE jobs SET queued_at = now(), retries_left = %(retries_left)s, returns = 0,
 WHERE run_id = %(run_id)s;
 
 -- name: command_lease
-SELECT run_id, kind, worker_id, ended_at IS NOT NULL AS ended FROM leases WHERE id = %(lease_id)s;
+-- Shared.
+SELECT n, run_id, kind, worker_id, ended_at IS NOT NULL AS ended
+FROM unnest(%(lease_id)s::uuid[]) WITH ORDINALITY AS asked (lease_id, n) JOIN leases ON leases.id = asked.lease_id;
 
 -- name: lock_command
 -- After lock_job. Who has the lease, and whether its worker still gives a sign of life.
@@ -97,8 +102,16 @@ JOIN runs ON runs.id = leases.run_id
 WHERE leases.id = %(lease_id)s FOR UPDATE OF leases;
 
 -- name: settle_attempt
--- An attempt ends: its lease, its task, its job and its run go on together or not at all. All are locked by now.
-WITH lease AS (
+-- An attempt ends: its lease, its task, its job and its run go on together or not at all. All are locked by now. The
+-- event, and what its owner has used (see `charge`), are in the same statement: half of all statements were such ends.
+WITH event AS (
+    INSERT INTO events (kind, subject, run_id, actor, text)
+    VALUES ('job.' || %(state)s, %(run_id)s, %(run_id)s, %(actor)s, %(text)s)
+), used AS (
+    INSERT INTO usages (owner, amount, at) VALUES (%(owner)s, %(used)s, now())
+    ON CONFLICT (owner) DO UPDATE SET at = now(), amount = excluded.amount
+        + usages.amount * exp(-ln(2) * GREATEST(EXTRACT(EPOCH FROM now() - usages.at)::float8, 0) / %(half_life_s)s)
+), lease AS (
     UPDATE leases SET ended_at = now(), outcome = %(outcome)s, reason = %(attempt_reason)s WHERE id = %(lease_id)s
 ), task AS (
     UPDATE tasks SET state = %(task_state)s, reason = %(attempt_reason)s,
@@ -118,7 +131,7 @@ WITH lease AS (
 UPDATE jobs SET retries_left = %(retries_left)s, returns = %(returns)s, finished = %(final)s,
     avoid = CASE WHEN %(avoid)s::text = '' THEN avoid
         ELSE avoid || jsonb_build_object(%(avoid)s::text, EXTRACT(EPOCH FROM now() + %(avoid_for)s)) END
-WHERE run_id = %(run_id)s;
+WHERE run_id = %(run_id)s RETURNING pg_notify(%(channel)s, 'job:' || run_id);
 
 -- name: progress_of_job
 -- After lock_job and lock_command. An attempt never goes back; a job that was stopped stays so.

@@ -47,7 +47,8 @@ SELECT id AS task_id, run_id, kind, spec, attempts FROM task;
 
 -- name: flush
 -- Anything that writes to the log and commits durably: the log is one sequence, so all before it is on the disk too.
-SELECT pg_logical_emit_message(true, 'potluck', '');
+WITH message AS MATERIALIZED (SELECT pg_logical_emit_message(true, 'potluck', '') AS at)
+SELECT n FROM unnest(%(one)s::integer[]) WITH ORDINALITY AS asked (one, n), message;
 
 -- name: report_unit
 -- A transaction of its own, which does not wait for the disk: `supplies` is locked for a moment only. The caller flushes

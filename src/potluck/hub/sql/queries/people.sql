@@ -49,10 +49,12 @@ INSERT INTO credentials (token_sha256, role, subject, name) VALUES (%(token_sha2
 ON CONFLICT (token_sha256) DO NOTHING;
 
 -- name: credential
-SELECT credentials.role, credentials.subject, credentials.name,
+-- Shared: of many who ask at the same moment.
+SELECT asked.n, credentials.role, credentials.subject, credentials.name,
     credentials.revoked_at IS NOT NULL AS revoked, COALESCE(workers.trusted, false) AS trusted
-FROM credentials LEFT JOIN workers ON workers.id = credentials.subject
-WHERE credentials.token_sha256 = %(token_sha256)s;
+FROM unnest(%(token_sha256)s::text[]) WITH ORDINALITY AS asked (token_sha256, n)
+JOIN credentials ON credentials.token_sha256 = asked.token_sha256
+LEFT JOIN workers ON workers.id = credentials.subject;
 
 -- name: worker_names
 SELECT name FROM workers WHERE name LIKE %(prefix)s;

@@ -99,46 +99,72 @@ WITH new AS (
 UPDATE jobs SET rank = new.rank FROM new WHERE jobs.run_id = new.run_id;
 
 -- name: orders_arrive
--- A worker asks for orders: a sign of life. What it was before tells whether the placement should look again.
-WITH old AS (
-    SELECT id, machine, rules, executors, labels,
+-- Shared. A worker asks for orders: a sign of life. What it was before tells whether the placement should look again.
+WITH asked AS MATERIALIZED (
+    SELECT * FROM unnest(%(worker_id)s::text[], %(agent)s::text[], %(machine)s::jsonb[], %(rules)s::jsonb[],
+        %(executors)s::jsonb[], %(labels)s::jsonb[])
+        WITH ORDINALITY AS asked (worker_id, agent, machine, rules, executors, labels, n)
+), old AS (
+    SELECT asked.n, id, workers.machine, workers.rules, workers.executors, workers.labels,
         state <> 'left' AND hung_up_at IS NULL AND ordered_at > now() - interval '45 seconds' AS was_present,
         -- one agent at a time: the next may come when the one before said good-bye, hung up, or has long been silent
-        agent IN ('', %(agent)s) OR state = 'left' OR hung_up_at IS NOT NULL OR ordered_at IS NULL
+        workers.agent IN ('', asked.agent) OR state = 'left' OR hung_up_at IS NOT NULL OR ordered_at IS NULL
             OR ordered_at < now() - interval '30 seconds' AS is_next
-    FROM workers WHERE id = %(worker_id)s FOR NO KEY UPDATE
+    FROM workers JOIN asked ON asked.worker_id = workers.id ORDER BY id FOR NO KEY UPDATE OF workers
 )
-UPDATE workers SET agent = %(agent)s, ordered_at = now(), last_seen = now(), hung_up_at = NULL, machine = %(machine)s,
-    rules = %(rules)s, executors = %(executors)s, labels = %(labels)s,
+UPDATE workers SET agent = asked.agent, ordered_at = now(), last_seen = now(), hung_up_at = NULL,
+    machine = asked.machine, rules = asked.rules, executors = asked.executors, labels = asked.labels,
     -- the last request of an agent that said good-bye does not bring it back; a new agent does
-    state = CASE WHEN workers.state = 'left' AND workers.agent <> %(agent)s THEN 'idle' ELSE workers.state END
-FROM old WHERE workers.id = old.id AND old.is_next
-RETURNING old.machine, old.rules, old.executors, old.labels, COALESCE(old.was_present, false) AS was_present,
-    workers.ordered_at, workers.draining_at IS NOT NULL AS draining;
+    state = CASE WHEN workers.state = 'left' AND workers.agent <> asked.agent THEN 'idle' ELSE workers.state END
+FROM old JOIN asked ON asked.n = old.n WHERE workers.id = old.id AND old.is_next
+RETURNING old.n, old.machine, old.rules, old.executors, old.labels, COALESCE(old.was_present, false) AS was_present,
+    workers.ordered_at, workers.draining_at IS NOT NULL AS draining,
+    set_config('synchronous_commit', 'off', true) AS relaxed;
 
--- name: worker_stands
-SELECT draining_at IS NOT NULL AS draining, revoked_at IS NOT NULL AS revoked, owner FROM workers WHERE id = %(worker_id)s;
+-- name: orders_look
+-- Shared. How a worker stands, and the live leases of its jobs with all that it must be told of them (id NULL: none).
+SELECT asked.n, workers.draining_at IS NOT NULL AS draining, workers.revoked_at IS NOT NULL AS revoked,
+    workers.owner AS worker_owner, todo.*
+FROM unnest(%(worker_id)s::text[]) WITH ORDINALITY AS asked (worker_id, n)
+JOIN workers ON workers.id = asked.worker_id
+LEFT JOIN LATERAL (
+    SELECT leases.id, leases.task_id, leases.run_id, leases.agent, EXTRACT(EPOCH FROM leases.ttl)::float8 AS ttl_s,
+        attempts.number, attempts.granted, runs.name, jobs.owner, jobs.spec, jobs.project, jobs.checkpoint,
+        jobs.cancelled_by, COALESCE(credentials.name, jobs.owner) AS owner_name
+    FROM attempts JOIN leases ON leases.id = attempts.lease_id
+    JOIN runs ON runs.id = attempts.run_id JOIN jobs ON jobs.run_id = attempts.run_id
+    LEFT JOIN credentials ON credentials.subject = jobs.owner
+    WHERE attempts.worker_id = workers.id AND attempts.ended_at IS NULL AND leases.ended_at IS NULL
+) todo ON true
+ORDER BY asked.n, todo.id;
 
--- name: commands_to_do
--- The live leases of a worker's jobs, with all that it must be told of them.
-SELECT leases.id, leases.task_id, leases.run_id, leases.agent, EXTRACT(EPOCH FROM leases.ttl)::float8 AS ttl_s,
-    attempts.number, attempts.granted, runs.name, jobs.owner, jobs.spec, jobs.project, jobs.checkpoint,
-    jobs.cancelled_by, COALESCE(credentials.name, jobs.owner) AS owner_name
-FROM attempts JOIN leases ON leases.id = attempts.lease_id
-JOIN runs ON runs.id = attempts.run_id JOIN jobs ON jobs.run_id = attempts.run_id
-LEFT JOIN credentials ON credentials.subject = jobs.owner
-WHERE attempts.worker_id = %(worker_id)s AND attempts.ended_at IS NULL AND leases.ended_at IS NULL
-ORDER BY leases.id;
-
--- name: hold_commands
--- Those that are at the worker, or are given to it now, last as long as their job's patience from here on.
-WITH held AS (
-    SELECT id FROM leases
-    WHERE id = ANY(%(ids)s::uuid[]) AND worker_id = %(worker_id)s AND kind = 'command' AND ended_at IS NULL
-        AND (agent IN ('', %(agent)s) OR NOT %(is_new)s) -- what is given now goes to one agent only
-    ORDER BY id FOR UPDATE
+-- name: renew_commands
+-- Shared. Those that are at the worker last as long as their job's patience from here on.
+WITH asked AS (
+    SELECT n, worker_id, agent, id::uuid FROM unnest(%(worker_id)s::text[], %(agent)s::text[], %(ids)s::jsonb[])
+        WITH ORDINALITY AS asked (worker_id, agent, ids, n), jsonb_array_elements_text(ids) AS id
+), held AS (
+    SELECT leases.id, asked.agent, asked.n FROM leases JOIN asked ON asked.id = leases.id
+        AND asked.worker_id = leases.worker_id
+    WHERE kind = 'command' AND ended_at IS NULL ORDER BY leases.id FOR UPDATE OF leases
 )
-UPDATE leases SET deadline = now() + ttl, agent = %(agent)s FROM held WHERE leases.id = held.id RETURNING leases.id;
+UPDATE leases SET deadline = now() + ttl, agent = held.agent FROM held WHERE leases.id = held.id
+RETURNING held.n, set_config('synchronous_commit', 'off', true) AS relaxed;
+
+-- name: give_commands
+-- Shared. The same for what is given to a worker now: it goes to one agent only. Not relaxed: a crash that forgot whose it
+-- is would let it go after a minute, though it may run for its whole patience.
+WITH asked AS (
+    SELECT n, worker_id, agent, id::uuid FROM unnest(%(worker_id)s::text[], %(agent)s::text[], %(ids)s::jsonb[])
+        WITH ORDINALITY AS asked (worker_id, agent, ids, n), jsonb_array_elements_text(ids) AS id
+), held AS (
+    SELECT leases.id, asked.agent, asked.n FROM leases JOIN asked ON asked.id = leases.id
+        AND asked.worker_id = leases.worker_id
+    WHERE kind = 'command' AND ended_at IS NULL AND leases.agent IN ('', asked.agent)
+    ORDER BY leases.id FOR UPDATE OF leases
+)
+UPDATE leases SET deadline = now() + ttl, agent = held.agent FROM held WHERE leases.id = held.id
+RETURNING held.n, leases.id;
 
 -- name: hang_up
 -- Its connection ended. Unless it has asked again meanwhile.
