@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from potluck.domain.job import Resources
-from potluck.domain.placement import Gpu, Grant, Held, Machine, Plan, Waiting, place
+from potluck.domain.placement import GangPlace, Gpu, Grant, Held, Machine, Plan, Waiting, place
 from potluck.domain.resources import read
 
 GB = 10**9
@@ -56,3 +56,25 @@ def where(plan: Plan) -> dict[str, str]:
 
 def order(plan: Plan) -> str:
     return " ".join(job.removeprefix("j-") for job in plan.order)
+
+
+def gang(name: str, members: int, needed: int = 0, owner: str = "ann", **more: object) -> list[Waiting]:
+    """`members` of a gang that wait; `needed`: at once, all of them if it is not given. `on`, `engine` are the place's."""
+    its = {key: more.pop(key) for key in ("on", "engine") if key in more}
+    place = GangPlace(name, 0, needed or members, **its)  # type: ignore[arg-type]
+    return [replace(job(f"{name}{n}", owner, **more), gang=replace(place, member=n)) for n in range(1, members + 1)]  # type: ignore[arg-type]
+
+
+def all_reach(*names: str, except_for: Iterable[tuple[str, str]] = ()) -> dict[str, dict[str, str]]:
+    """Each reaches each at its own address, but not these."""
+    shut = set(except_for)
+    return {
+        f"w-{one}": {f"w-{other}": "" if (one, other) in shut else f"ip-{other}" for other in names if other != one}
+        for one in names
+    }
+
+
+def room(*names: str, **more: object) -> list[Machine]:
+    """Machines with doors and engines, as gangs want them."""
+    usual: dict[str, object] = {"has_door": True, "engines": frozenset({"plain", "torchft"})}
+    return [machine(name, **usual | more) for name in names]  # type: ignore[arg-type]

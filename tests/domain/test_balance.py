@@ -42,10 +42,14 @@ def steps_until_good(efficiency: list[float], start: int) -> int:
     return next(i for i, value in enumerate([*efficiency[start:], 1.0]) if value >= 0.97)
 
 
-def test_the_optimum_is_found_soon_and_again_after_a_machine_slows_down_and_recovers() -> None:
+SEEDS = [range(3), pytest.param(range(15), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_the_optimum_is_found_soon_and_again_after_a_machine_slows_down_and_recovers(seeds: range) -> None:
     found: dict[int, list[int]] = {0: [], 150: [], 300: []}
     means = []
-    for seed in range(15):
+    for seed in seeds:
         _, efficiency = simulate(seed, 450, lambda name, step: 3.0 if name == "a" and 150 <= step < 300 else 1.0)
         means.append(fmean(efficiency))
         for start, counts in found.items():
@@ -55,8 +59,9 @@ def test_the_optimum_is_found_soon_and_again_after_a_machine_slows_down_and_reco
     assert fmean(means) > 0.975
 
 
-def test_noise_alone_hardly_ever_moves_the_shares() -> None:
-    moved = [simulate(seed, 1000, lambda name, step: 1.0)[0].replans - 1 for seed in range(12)]  # one is needed
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_noise_alone_hardly_ever_moves_the_shares(seeds: range) -> None:
+    moved = [simulate(seed, 1000, lambda name, step: 1.0)[0].replans - 1 for seed in seeds]  # one is needed
 
     assert fmean(moved) <= 5, moved
 

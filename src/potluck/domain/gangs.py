@@ -12,6 +12,7 @@ does not fit into a member's memory is computed in k parts, and `a` is paid k ti
     split, split_small     the shares with the shortest step: whole numbers that sum to the batch, within the bounds
     uniform, proportional  the two simpler ways, to compare
     worth_it               is a machine worth its place?
+    wire_verdict           is the network what all wait for, and what would help?
     Noise                  would another batch be better?
 
 How the shares follow what is measured is the business of balance.py.
@@ -272,3 +273,60 @@ def ring_s(size_bytes: int, members: int, *, bytes_per_s: float, delay_s: float)
     if members < 2:
         return 0.0
     return 2 * (members - 1) / members * size_bytes / bytes_per_s + 2 * (members - 1) * delay_s
+
+
+@dataclass(frozen=True, slots=True)
+class WireVerdict:
+    """What the network costs a gang. Seconds are those of a step."""
+
+    step_s: float
+    share: float  # of the step, that goes into waiting for sums that no computation hides
+    offers: dict[str, float]  # seconds, by way of compression, at best
+    gang_per_s: float  # samples
+    alone_per_s: float  # of all members together, each by itself
+    sentence: str  # empty: the network is not what they wait for
+
+    @property
+    def is_bound(self) -> bool:
+        return bool(self.sentence)
+
+
+BOUND = 0.25
+"""Of a step: with less, nothing that compression does is worth its loss."""
+
+
+def wire_verdict(
+    shares: Sequence[int], paces: Sequence[Pace], wire: Wire, *, size_bytes: int, ways: Mapping[str, float]
+) -> WireVerdict:
+    """Does the sum over the members hold this gang back, and what would help?
+
+    `ways`: of each way of compression that is not in use, how much it sends of what is sent now. In pool mode machines
+    train by themselves and send seldom, so they reach the sum of what each does alone, though a sample teaches less there:
+    it is worth a word only where a gang would reach less than half of that.
+    """
+    batch = sum(shares)
+    now_s, free_s = step_s(paces, shares, wire), step_s(paces, shares)
+    offers = {way: step_s(paces, shares, Wire(wire.last_s * part, wire.others_s * part)) for way, part in ways.items()}
+    gang_per_s = batch / max(now_s, _TINY_S)
+    alone_per_s = sum(batch / max(pace.ready_s(batch), _TINY_S) for pace in paces)
+    share = 1 - free_s / max(now_s, _TINY_S)
+    text = ""
+    if share >= BOUND:
+        text = (
+            f"the network holds the gang back: waiting for the sum of {_bytes(size_bytes)} takes {share:.0%} of a step "
+            f"({(now_s - free_s) * 1e3:.0f} of {now_s * 1e3:.0f} ms)"
+        )
+        if offers:
+            steps = ", ".join(f'{seconds * 1e3:.0f} ms with "{way}"' for way, seconds in offers.items())
+            text += f"; gang.wrap(…, compress=…) could make it {steps}"
+        best_per_s = batch / max(min([now_s, *offers.values()]), _TINY_S)
+        if best_per_s < alone_per_s / 2:
+            text += (
+                f"; pool mode would be faster: by themselves these machines compute {alone_per_s:.0f} samples/s, "
+                f"and {best_per_s:.0f} at best as a gang"
+            )
+    return WireVerdict(now_s, share, offers, gang_per_s, alone_per_s, text)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.0f} kB"

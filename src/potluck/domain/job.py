@@ -12,13 +12,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
+from potluck.domain.gangspec import GANG_KEYS, GANG_USUAL, check_gang, gang_to_mapping, read_gang
+from potluck.domain.gangspec import GangSpec as GangSpec  # part of a job: others find it here
+from potluck.domain.keys import (
+    AMOUNT,
+    TEXT,
+    TEXTS,
+    Key,
+    check_keys,
+    described,
+    read_list,
+    read_number,
+    read_switch,
+    read_text,
+    read_texts,
+    short,
+)
 from potluck.domain.names import MAX_NAME, clean_name
-from potluck.domain.pool import nearest
 from potluck.domain.quantity import parse_duration, say_duration
 from potluck.domain.tree import check_path
-from potluck.errors import BadInput, UnknownSetting
+from potluck.errors import BadInput
 
 STATES = ("queued", "placed", "preparing", "running", "succeeded", "failed", "cancelled", "lost")
 ENDED = frozenset({"succeeded", "failed", "cancelled", "lost"})
@@ -39,18 +54,6 @@ class Resources:
     labels: dict[str, str] = field(default_factory=dict)  # the worker's must be equal
     os: str = ""  # linux | macos | windows
     arch: str = ""  # x86_64 | arm64
-
-
-@dataclass(frozen=True)
-class GangSpec:
-    """How many machines train together, and how. `potluck.yaml`: `gang: 2..8`, or a mapping with these keys."""
-
-    least: int = 2  # without so many no step is taken, and nothing is begun
-    most: int = 2
-    batch: int = 0  # samples in a step of the whole gang; 0: as the script says
-    policy: str = "dynamic"  # dynamic | proportional | uniform: how the batch is shared out
-    engine: str = "auto"  # auto | torchft | plain; auto: torchft where all members have it
-    compat: bool = False  # an unmodified torchrun script: exactly `most` members with RANK, WORLD_SIZE and MASTER_*
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ def check(spec: JobSpec) -> None:
         if seconds is not None and not shortest <= seconds <= longest:  # nor is NaN
             limits = f"between {shortest:g} s and {say_duration(longest)}"
             raise BadInput(f"{name} is {seconds:g} s: it must lie {limits}; write it like 90s, 10m, 2h or 1d")
+    if spec.gang is not None:
+        check_gang(spec.gang, procs=spec.procs, network=spec.network)
 
 
 def _check_command(command: Sequence[str]) -> None:
@@ -181,43 +186,32 @@ def _is_text(text: str) -> bool:
 # --- potluck.yaml ---------------------------------------------------------------------------------------------------
 
 
-class Key(NamedTuple):
-    """A key of potluck.yaml. `schema` is its JSON Schema without the description."""
-
-    schema: Mapping[str, Any]
-    help: str
-
-
-_TEXT: Final = {"type": "string"}
-_AMOUNT: Final = {"type": ["string", "number"]}
-_TEXTS: Final = {"type": "object", "additionalProperties": _AMOUNT}
-
 RESOURCE_KEYS: Final[Mapping[str, Key]] = {
     "gpu": Key(
-        {**_AMOUNT, "default": "0", "examples": [1, "24GB..", "24GB..:2", "6GB", "A100:2", "1..4"]},
+        {**AMOUNT, "default": "0", "examples": [1, "24GB..", "24GB..:2", "6GB", "A100:2", "1..4"]},
         "GPUs. How many (2, 1..4), how large (24GB.. is a whole GPU of 24 GB or more, 6GB is a part of one that others "
         "may share), which model (A100), or several of these with a colon between: A100:40GB..:2.",
     ),
     "cpu": Key(
-        {**_AMOUNT, "examples": [4, 0.5, "2..8"]},
+        {**AMOUNT, "examples": [4, 0.5, "2..8"]},
         "Cores that are reserved for the job, also its limit. 2..8: eight if they are free, else at least two.",
     ),
-    "memory": Key({**_AMOUNT, "examples": ["8GB"]}, "Memory that is reserved for the job, also its limit."),
-    "disk": Key({**_AMOUNT, "examples": ["20GB"]}, "Disk that the job may fill, also its limit."),
-    "labels": Key({**_TEXTS, "examples": [{"room": "lab-2"}]}, "Only machines that have all these labels."),
-    "os": Key({**_TEXT, "enum": ["linux", "macos", "windows"]}, "Only machines with this operating system."),
-    "arch": Key({**_TEXT, "enum": ["x86_64", "arm64"]}, "Only machines with this kind of processor."),
+    "memory": Key({**AMOUNT, "examples": ["8GB"]}, "Memory that is reserved for the job, also its limit."),
+    "disk": Key({**AMOUNT, "examples": ["20GB"]}, "Disk that the job may fill, also its limit."),
+    "labels": Key({**TEXTS, "examples": [{"room": "lab-2"}]}, "Only machines that have all these labels."),
+    "os": Key({**TEXT, "enum": ["linux", "macos", "windows"]}, "Only machines with this operating system."),
+    "arch": Key({**TEXT, "enum": ["x86_64", "arm64"]}, "Only machines with this kind of processor."),
 }
 
 KEYS: Final[Mapping[str, Key]] = {
     "command": Key(
-        {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": _AMOUNT, "minItems": 1}]},
+        {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": AMOUNT, "minItems": 1}]},
         "What to run in the project's folder. A text is a line for the shell; a list of words goes without one.",
     ),
-    "name": Key({**_TEXT, "maxLength": MAX_NAME}, "What the job is called. Without it: as its folder."),
+    "name": Key({**TEXT, "maxLength": MAX_NAME}, "What the job is called. Without it: as its folder."),
     "env": Key(
         {
-            **_TEXTS,
+            **TEXTS,
             "propertyNames": {"pattern": f"^{VARIABLE.pattern}$"},
             "maxProperties": MOST_VARIABLES,
             "examples": [{"LEARNING_RATE": "0.003"}],
@@ -230,32 +224,32 @@ KEYS: Final[Mapping[str, Key]] = {
     ),
     "resources": Key({"type": "object"}, "What the job needs of a machine. Nothing: any machine will do."),
     "image": Key(
-        {**_TEXT, "examples": ["python:3.12-slim"]},
+        {**TEXT, "examples": ["python:3.12-slim"]},
         "A container image to run in. Without it: the machine's own Python, or an environment built of `requirements`.",
     ),
     "requirements": Key(
-        {**_TEXT, "examples": ["requirements.txt", "pyproject.toml"]},
+        {**TEXT, "examples": ["requirements.txt", "pyproject.toml"]},
         "A file of the project. What it asks for is installed once and kept; a uv.lock beside pyproject.toml is obeyed.",
     ),
-    "python": Key({**_AMOUNT, "examples": ["3.12"]}, "The version of Python of an environment that is built."),
+    "python": Key({**AMOUNT, "examples": ["3.12"]}, "The version of Python of an environment that is built."),
     "priority": Key({"type": "integer", "minimum": -100, "maximum": 100, "default": 0}, "Higher goes first."),
     "retries": Key(
         {"type": "integer", "minimum": 0, "maximum": 100, "default": 2},
         "How often the job may be placed again after its machine was lost (or it failed, see retry_on).",
     ),
     "retry_on": Key(
-        {**_TEXT, "enum": list(RETRY_ON), "default": "lost"},
+        {**TEXT, "enum": list(RETRY_ON), "default": "lost"},
         "lost: placed again when its machine was lost. any: also when the command failed.",
     ),
     "timeout": Key(
-        {**_AMOUNT, "examples": ["2h", "90m"]},
+        {**AMOUNT, "examples": ["2h", "90m"]},
         "How long one attempt may run. Jobs with a timeout can be fitted in before larger ones.",
     ),
     "grace": Key(
-        {**_AMOUNT, "default": "30s"}, "How long the job has to write a checkpoint between SIGTERM and SIGKILL."
+        {**AMOUNT, "default": "30s"}, "How long the job has to write a checkpoint between SIGTERM and SIGKILL."
     ),
     "patience": Key(
-        {**_AMOUNT, "default": "2m"},
+        {**AMOUNT, "default": "2m"},
         "How long its machine may be cut off from the hub before the job is started elsewhere.",
     ),
     "procs": Key(
@@ -263,13 +257,23 @@ KEYS: Final[Mapping[str, Key]] = {
         "Processes on the machine; more than one are started by torchrun.",
     ),
     "network": Key({"type": "boolean", "default": True}, "Whether the job may use the network."),
+    "gang": Key(
+        {"type": ["string", "integer", "object"], "examples": ["2..8", {"members": "2..8", "batch": 512}]},
+        "Several machines that train one model together, each with the share that it can carry (docs/gangs.md). "
+        "A number or a range of machines, or a mapping. What the job asks for, it asks for on each of them.",
+    ),
 }
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of potluck.yaml, with the descriptions that editors show."""
-    properties = _described(KEYS)
-    properties["resources"] |= {"properties": _described(RESOURCE_KEYS), "additionalProperties": False}
+    properties = described(KEYS)
+    properties["resources"] |= {"properties": described(RESOURCE_KEYS), "additionalProperties": False}
+    properties["gang"] |= {
+        "properties": described(GANG_KEYS),
+        "required": ["members"],
+        "additionalProperties": False,
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "potluck.yaml",
@@ -281,20 +285,16 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def _described(keys: Mapping[str, Key]) -> dict[str, dict[str, Any]]:
-    return {name: {"description": key.help, **key.schema} for name, key in keys.items()}
-
-
 def from_mapping(values: Mapping[str, Any]) -> JobSpec:
     """The job that these keys and values of a potluck.yaml describe. Strict; BadInput says which key is wrong, and why."""
-    _check_keys(values, KEYS, "")
+    check_keys(values, KEYS, "", {"resources": RESOURCE_KEYS, "gang": GANG_KEYS})
     given: dict[str, Any] = {}
     for key, value in values.items():
         if key in TIMES:
             given[f"{key}_s"] = _read_time(key, value)
         else:
             given[key] = _READERS[key](key, value)
-    spec = JobSpec(**{"command": [], **given})
+    spec = JobSpec(**{"command": [], **(GANG_USUAL if given.get("gang") else {}), **given})
     check(spec)
     return spec
 
@@ -303,10 +303,10 @@ def to_mapping(spec: JobSpec) -> dict[str, Any]:
     """`spec` as a potluck.yaml says it, without what is as it would be anyway. `from_mapping` reads it back equal."""
     shell = len(spec.command) == 3 and spec.command[:2] == SHELL
     values: dict[str, Any] = {"command": spec.command[2] if shell else list(spec.command)}
-    usual = JobSpec(spec.command)
+    usual = JobSpec(spec.command, **(GANG_USUAL if spec.gang else {}))
     for one in fields(spec):
         value = getattr(spec, one.name)
-        if one.name in ("command", "resources") or value == getattr(usual, one.name):
+        if one.name in ("command", "resources", "gang") or value == getattr(usual, one.name):
             continue
         values[one.name.removesuffix("_s")] = value.copy() if isinstance(value, dict | list) else value
     plain = Resources()
@@ -315,89 +315,45 @@ def to_mapping(spec: JobSpec) -> dict[str, Any]:
         for one in fields(plain)
         if getattr(spec.resources, one.name) != getattr(plain, one.name)
     }
-    return values | ({"resources": resources} if resources else {})
-
-
-def _check_keys(values: Any, known: Mapping[str, Key], where: str) -> None:
-    if not isinstance(values, Mapping):
-        raise BadInput(f"{where.rstrip(': ') or 'a job'} is {_short(values)}: it is made of keys and values")
-    for key in values:
-        if key in known:
-            continue
-        if not where and key in RESOURCE_KEYS:
-            raise UnknownSetting(f"no key `{key}` here: it belongs below resources")
-        raise UnknownSetting(f"{where}no key `{str(key)[:80]}`{nearest(str(key), known)}")
+    gang = {"gang": gang_to_mapping(spec.gang)} if spec.gang is not None else {}
+    return values | ({"resources": resources} if resources else {}) | gang
 
 
 def _read_command(key: str, value: Any) -> list[str]:
     if isinstance(value, str):
         return [*SHELL, value] if value.strip() else []
     if not isinstance(value, Sequence):
-        raise BadInput(f"{key} is {_short(value)}: it is a line of text or a list of words")
-    return [_read_text(key, word) for word in value]
-
-
-def _read_text(key: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadInput(f"{key} is {_short(value)}: it is text; put it in quotes")
-    return value if isinstance(value, str) else f"{value}"
-
-
-def _read_texts(key: str, value: Any) -> dict[str, str]:
-    if not isinstance(value, Mapping):
-        raise BadInput(f"{key} is {_short(value)}: it is made of names and values, like {{NAME: value}}")
-    return {_read_text(key, name): _read_text(f"{key}: {name}", text) for name, text in value.items()}
-
-
-def _read_list(key: str, value: Any) -> list[str]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise BadInput(f"{key} is {_short(value)}: it is a list, like [HF_TOKEN]")
-    return [_read_text(key, word) for word in value]
-
-
-def _read_number(key: str, value: Any) -> int:
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,6}", value.strip(), re.ASCII):
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise BadInput(f"{key} is {_short(value)}: it is a whole number, like {max(1, NUMBERS[key][0])}")
-    return value
-
-
-def _read_switch(key: str, value: Any) -> bool:
-    words = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
-    if isinstance(value, str):
-        value = words.get(value.strip().lower(), value)
-    if not isinstance(value, bool):
-        raise BadInput(f"{key} is {_short(value)}: it is yes or no")
-    return value
+        raise BadInput(f"{key} is {short(value)}: it is a line of text or a list of words")
+    return [read_text(key, word) for word in value]
 
 
 def _read_time(key: str, value: Any) -> float:
     try:
-        return parse_duration(_read_text(key, value))
+        return parse_duration(read_text(key, value))
     except BadInput as error:
         raise BadInput(f"{key}: {error}") from None
 
 
 def _read_resources(key: str, value: Any) -> Resources:
-    _check_keys(value, RESOURCE_KEYS, f"{key}: ")
+    check_keys(value, RESOURCE_KEYS, f"{key}: ")
     given: dict[str, Any] = {}
     for name, text in value.items():
-        reads = _read_texts if name == "labels" else _read_text
+        reads = read_texts if name == "labels" else read_text
         given[name] = reads(f"{key}: {name}", text)
     return Resources(**given)
 
 
-def _short(value: Any) -> str:
-    return f"{value!r:.80}"
+def _read_number(key: str, value: Any) -> int:
+    return read_number(key, value, like=max(1, NUMBERS[key][0]))
 
 
 _READERS: Final = {
     "command": _read_command,
-    "env": _read_texts,
-    "secrets": _read_list,
+    "env": read_texts,
+    "secrets": read_list,
     "resources": _read_resources,
-    "network": _read_switch,
+    "network": read_switch,
+    "gang": read_gang,
     **dict.fromkeys(NUMBERS, _read_number),
-    **dict.fromkeys(("name", "image", "requirements", "python", "retry_on"), _read_text),
+    **dict.fromkeys(("name", "image", "requirements", "python", "retry_on"), read_text),
 }

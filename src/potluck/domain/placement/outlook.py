@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from potluck.domain.placement.decide import over_limit, soonest
+from potluck.domain.placement.gang import say_names
 from potluck.domain.placement.records import (
     CONTAINERS,
     SANDBOXES,
     Explanation,
+    GangPlace,
     Held,
     Limits,
     Machine,
@@ -21,12 +23,14 @@ from potluck.domain.placement.records import (
     Reservation,
     Waiting,
 )
-from potluck.domain.placement.room import Room, large_enough
+from potluck.domain.placement.room import Room, has_engine, large_enough
 from potluck.domain.quantity import say_count, say_duration, say_size
 from potluck.domain.resources import Demand, describe, describe_gpus, is_model
 
 MOST_NEAR = 3
 """So many machines are named."""
+FREE = 0.5
+"""The weight of having to wait for one's turn only."""
 
 
 class Obstacle(NamedTuple):
@@ -54,12 +58,13 @@ def explain(
         return Explanation("no machine has joined this hub", advice, position=position)
     mine = limits.get(one.owner)
     if mine and (limit := over_limit(one, mine, placed=plan.placed_by.get(one.owner, 0))):
-        advice = "wait until one of these jobs ends, stop one, or ask an admin for more"
-        return Explanation(limit, advice if "at once" in limit else "ask an admin for more", position=position)
+        return Explanation(limit, _advise_at_limit(one, mine, limit), position=position)
     found = sorted(
         ((_obstacles(one, _room(machine, plan), plan, now), machine) for machine in machines),
         key=lambda pair: (sum(obstacle.weight for obstacle in pair[0]), pair[1].name, pair[1].id),
     )
+    if one.gang is not None:
+        return _explain_gang(one, one.gang, found, plan=plan, position=position)
     near = tuple((machine.name, _join(obstacles)) for obstacles, machine in found[:MOST_NEAR])
     obstacles, machine = found[0]
     if plan.reserved and plan.reserved.job == one.job:
@@ -76,23 +81,77 @@ def explain(
     return Explanation(reason, advice, near, position=position)
 
 
-def impossible(demand: Demand, machines: Iterable[Machine]) -> str:
-    """Why none of `machines`, even empty, could ever hold `demand`; "" if one could, or if none is known.
+def _explain_gang(
+    one: Waiting, place: GangPlace, found: Sequence[tuple[list[Obstacle], Machine]], *, plan: Plan, position: int
+) -> Explanation:
+    """`found`: what keeps each machine, the nearest first. The pass has said the reason; here is what would help."""
+    reason = plan.waits.get(one.job, "its gang has just been submitted")
+    ready = [machine for obstacles, machine in found if _is_free(obstacles)]
+    missing = max(1, place.needed) - len(ready)
+    if missing <= 0:
+        near = tuple((machine.name, "has room") for machine in ready[:MOST_NEAR])
+        here = place.on.union(machine.id for machine in ready)
+        if any(here.issuperset(knock) for knock in plan.knocks):
+            return Explanation(reason, "wait a few seconds: they knock at each other's doors", near, position=position)
+        if not plan.kept or any(kept.gang == place.gang for kept in plan.kept):
+            advice = "let the machines' firewalls pass what comes from each other, or join them to one network"
+            return Explanation(
+                reason, f"{advice}: `potluck gang profile` shows who reaches whom", near, position=position
+            )
+        return Explanation(reason, "wait: others are before it in line", near, position=position)
+    nearest = [(obs, machine) for obs, machine in found if not _is_free(obs) and machine.id not in place.on]
+    near = tuple((machine.name, _join(obstacles)) for obstacles, machine in nearest[:MOST_NEAR])
+    help_ = [
+        f"`{machine.name}`: {advice}"
+        for obstacles, machine in nearest[: min(missing, MOST_NEAR)]
+        for advice in dict.fromkeys(obstacle.advice for obstacle in obstacles if obstacle.advice)
+    ]
+    if missing > len(nearest):
+        fewer = f", or let the gang begin with fewer, like --gang {len(found)}..{place.needed}" if not place.on else ""
+        help_.append(f"join {say_count(missing - len(nearest), 'more machine')}{fewer}")
+    return Explanation(reason, "; ".join(help_), near, position=position)
 
-    What people can change with a word is not asked: labels, an owner's rules, a container runtime, free disk.
+
+def impossible(demand: Demand, machines: Iterable[Machine], *, least: int = 1) -> str:
+    """Why no `least` of `machines`, even empty, could ever hold `demand` each; "" if they could, or if none is known.
+
+    What people can change with a word is not asked: labels, an owner's rules, a container runtime, free disk, who reaches
+    whom.
     """
     known = [machine for machine in machines if machine.cores or machine.memory]
     found = []
+    able = []
     for machine in known:
         obstacles = [*_wrong_system(machine, demand), *_too_small(machine, demand)]
-        if not obstacles:
-            return ""
-        found.append((sum(obstacle.weight for obstacle in obstacles), machine.name, _join(obstacles)))
-    if not found:
+        if obstacles:
+            found.append((sum(obstacle.weight for obstacle in obstacles), machine.name, _join(obstacles)))
+        else:
+            able.append(machine)
+    if not known or len(able) >= least:
         return ""
-    _, name, lacks = min(found)
+    wants = describe(demand)
+    _, name, lacks = min(found, default=(0.0, "", ""))
+    if least > 1:
+        have = say_names((machine.id for machine in able), {machine.id: machine.name for machine in able})
+        only = f"only {have} could hold one" if able else "none could hold one"
+        nearest = f", and the nearest other, `{name}`, {lacks}" if able and found else ""
+        nearest = nearest or (f": the nearest, `{name}`, {lacks}" if found else "")
+        fewer = f", or let the gang begin with fewer, like --gang {len(able)}..{least}" if able else ""
+        return (
+            f"a gang that begins with {least} needs as many machines, each with {wants}; of the {len(known)} of this hub "
+            f"{only}{nearest}; join more machines{fewer}"
+        )
     which = f"`{name}`" if len(found) == 1 else f"the nearest of {len(found)} machines, `{name}`,"
-    return f"no machine of this hub could hold it: it wants {describe(demand)}, and {which} {lacks}"
+    return f"no machine of this hub could hold it: it wants {wants}, and {which} {lacks}"
+
+
+def _advise_at_limit(one: Waiting, limits: Limits, limit: str) -> str:
+    if "at once" not in limit:
+        return "ask an admin for more"
+    needed, most = (one.gang.needed if one.gang else 1), limits.running or 0
+    if needed > most > 0:
+        return f"let the gang begin with fewer, like --gang {most}..{needed}, or ask an admin for more"
+    return "wait until one of these jobs ends, stop one, or ask an admin for more"
 
 
 def _position(one: Waiting, plan: Plan) -> int:
@@ -119,21 +178,25 @@ def _join(obstacles: Sequence[Obstacle]) -> str:
     return ", and ".join(obstacle.lacks for obstacle in heaviest)
 
 
+def _is_free(obstacles: Sequence[Obstacle]) -> bool:
+    return sum(obstacle.weight for obstacle in obstacles) <= FREE
+
+
 # --- obstacles ------------------------------------------------------------------------------------------------------
 
 
 def _obstacles(one: Waiting, room: Room, plan: Plan, now: float) -> list[Obstacle]:
     machine, demand = room.machine, one.demand
     lasting = [*_wrong_system(machine, demand), *_too_small(machine, demand), *_wrong_label(machine, demand)]
-    lasting += [*_not_allowed(one, machine), *_not_there(one, machine)]
+    lasting += [*_not_allowed(one, machine), *_not_there(one, machine), *_not_for_gang(one, machine)]
     if lasting:
         return lasting
     if not room.fits(demand):
         return _no_room(one, room, now)
     for kept in plan.kept:
-        if kept.worker == machine.id:
+        if kept.worker == machine.id and not (one.gang and one.gang.gang == kept.gang):
             return [_kept(kept, now)]
-    return [Obstacle(0.5, "has room now: it is the job's turn in the next pass", "")]
+    return [Obstacle(FREE, "has room now: it is the job's turn in the next pass", "")]
 
 
 def _wrong_system(machine: Machine, demand: Demand) -> Iterator[Obstacle]:
@@ -205,6 +268,21 @@ def _not_there(one: Waiting, machine: Machine) -> Iterator[Obstacle]:
         yield Obstacle(40, "takes no jobs at all", "ask its owner to allow one: `potluck join --max-tasks 1`")
     if machine.id in one.avoid:
         yield Obstacle(3, "gave the job back a moment ago", "it is asked again in a few minutes")
+
+
+def _not_for_gang(one: Waiting, machine: Machine) -> Iterator[Obstacle]:
+    place = one.gang
+    if place is None:
+        return
+    if machine.id in place.on:
+        yield Obstacle(6000, "has a member of its gang already", "")
+    if machine.present and not machine.has_door:
+        advice = "start `potluck join` there again, with this version of Potluck"
+        yield Obstacle(30, "has no door at which the others could knock", advice)
+    if not has_engine(machine, place.engine):
+        package = "torchft" if place.engine == "torchft" else "torch"
+        lacks = f"has no {package} in its own Python, which the engine {place.engine} needs"
+        yield Obstacle(70, lacks, f"install {package} there, or leave the engine to the hub: --gang-engine auto")
 
 
 def _no_room(one: Waiting, room: Room, now: float) -> list[Obstacle]:

@@ -112,13 +112,14 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A place that is kept for the first job in line that finds none."""
+    """A place that is kept for the first job in line that finds none, or for a member of the first gang."""
 
     job: str
     name: str
     worker: str
     starts_at: float | None  # when it fits there at the latest; None: nobody knows
     after: frozenset[str]  # the jobs that must end before
+    gang: str = ""  # it is for a member of this one; all its places begin when the last is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ class Plan:
     placed: tuple[Placed, ...] = ()
     waits: Mapping[str, str] = field(default_factory=dict)  # job → why, one short sentence
     order: tuple[str, ...] = ()  # every job, in the order in which it had its turn
-    kept: tuple[Reservation, ...] = ()  # all for one job, the soonest first
+    kept: tuple[Reservation, ...] = ()  # all for one job or gang, the soonest first
     placed_by: Mapping[str, int] = field(default_factory=dict)  # owner → jobs placed
     knocks: tuple[tuple[str, str], ...] = ()  # (from, to): machines that a gang would use, and nobody knows of the way
 

@@ -190,6 +190,11 @@ def takes_foreign(machine: Machine) -> bool:
     return machine.whose != "me" and (machine.runtime == "any" or not machine.executors.isdisjoint(SANDBOXES))
 
 
+def has_engine(machine: Machine, engine: str) -> bool:
+    """Whether it has the engine that was asked for; any will do, and a compat gang brings its own."""
+    return engine in ("", "auto", "compat") or engine in machine.engines
+
+
 def large_enough(machine: Machine, demand: Demand) -> list[Gpu]:
     """The GPUs that could serve it if nobody used them."""
     least = demand.vram_min if demand.vram_slice else NAMED_VRAM * demand.vram_min
