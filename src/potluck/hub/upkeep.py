@@ -1,4 +1,4 @@
-"""What must happen though nobody asks? Silent workers' leases expire, rounds close, jobs are placed, runs end."""
+"""What must happen though nobody asks? Silent workers' leases expire, rounds close, jobs are placed, gangs kept together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from potluck.errors import PotluckError
-from potluck.hub.commands import attempts, files, placing, rounds, work
+from potluck.hub.commands import attempts, files, gang_upkeep, placing, rounds, work
 from potluck.hub.commands.desk import Desk
 from potluck.telemetry import logger
 
@@ -44,9 +44,10 @@ async def run_once(desk: Desk) -> float:
 
 
 async def run_forever(desk: Desk) -> None:
-    async with asyncio.TaskGroup() as both:
-        both.create_task(_settle_forever(desk))
-        both.create_task(_place_forever(desk))
+    async with asyncio.TaskGroup() as all_:
+        all_.create_task(_settle_forever(desk))
+        all_.create_task(_place_forever(desk))
+        all_.create_task(_tend_forever(desk))
 
 
 async def _settle_forever(desk: Desk) -> None:
@@ -67,6 +68,19 @@ async def _place_forever(desk: Desk) -> None:
         await desk.news.wait(ticket, wait_s)
         # News comes in crowds. And half of the time belongs to others, however long the line is.
         await asyncio.sleep(max(TOGETHER_S, done.took_s))
+
+
+async def _tend_forever(desk: Desk) -> None:
+    """Gangs, whenever something happened to a member, and each second for what happens without a word."""
+    clock = asyncio.get_running_loop().time
+    begun = clock()
+    while not desk.news.closed:
+        ticket = desk.news.ticket("gangs")
+        # Right after the hub was away all workers were silent for a while, and none of them is to blame.
+        back = clock() - begun > RETURN_GRACE.total_seconds()
+        await _tried("gangs", gang_upkeep.tend(desk, silent=gang_upkeep.SILENT if back else 2 * RETURN_GRACE), 0)
+        await desk.news.wait(ticket, 1.0)
+        await asyncio.sleep(TOGETHER_S)
 
 
 async def sweep_forever(desk: Desk) -> None:

@@ -2,6 +2,7 @@
 
     room      people, pool work, bytes, runs
     jobs      jobs: what people ask, what workers say
+    gangs     gangs: what people ask; the ways between workers
     keeping   what a job leaves: logs, points, trees; secrets; many blobs at once
 
 Every route names who may call it (`roles`); `tests/security/test_access.py` walks through all of them with every role.
@@ -15,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from potluck.errors import BadInput, NotFound, PotluckError, TryLater
-from potluck.hub.api import jobs, keeping, room
+from potluck.hub.api import gangs, jobs, keeping, room
 from potluck.hub.entrance import problem
 from potluck.telemetry import logger
 
@@ -24,7 +25,7 @@ log = logger("hub.api")
 
 def install(app: FastAPI) -> None:
     """Routes and error answers."""
-    for router in (jobs.of_workers, room.health, room.router, jobs.router, keeping.router):
+    for router in (jobs.of_workers, room.health, room.router, jobs.router, gangs.router, keeping.router):
         app.include_router(router)
 
     @app.exception_handler(PotluckError)

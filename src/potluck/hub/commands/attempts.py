@@ -21,6 +21,7 @@ from potluck.domain.names import clean_name
 from potluck.domain.outcome import OUTCOMES, Ending, Standing, Verdict, settle
 from potluck.domain.resources import Grant
 from potluck.errors import BadInput, Fenced
+from potluck.hub.commands import gangs
 from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, note, pass_on, spread
 from potluck.hub.commands.forms import MOST_BYTES, amount, as_uuid, count, one_line
 from potluck.hub.commands.trees import OUTPUT_BYTES, read_tree
@@ -48,6 +49,7 @@ class Facts:
     environment: dict[str, Json] = field(default_factory=dict)
     executor: str = ""
     log_bytes: int = 0
+    code: str = ""
 
 
 # --- what a worker says ---------------------------------------------------------------------------------------------
@@ -72,6 +74,7 @@ async def progress(desk: Desk, caller: Caller, lease_id: str, said: JobProgress)
             executor=executor,
             environment=as_json(environment),
         )
+        await gangs.after_progress(tx, job, stage)
         moved = stage != held["state"]
         what = one_line(said.text)
         if moved or what:
@@ -109,6 +112,7 @@ async def end(desk: Desk, caller: Caller, lease_id: str, report: JobReport) -> R
         _notes(report.environment),
         clean_name(report.executor, ""),
         count(report.log_bytes, MOST_BYTES),
+        clean_name(report.code, ""),
     )
     id_ = as_uuid(lease_id)
     found = await _lease(desk, id_)
@@ -206,8 +210,10 @@ async def _close(
     tx: Transaction, job: dict[str, Any], held: dict[str, Any], ending: Ending, facts: Facts, *, actor: str = ""
 ) -> Verdict:
     spec = as_type(job["spec"], JobSpec)
-    standing = Standing(held["number"], job["cancelled_by"], job["retries_left"], spec.retry_on, job["returns"])
+    retry_on = gangs.retry_on(job, spec.retry_on, ending, facts.code)
+    standing = Standing(held["number"], job["cancelled_by"], job["retries_left"], retry_on, job["returns"])
     verdict = settle(ending, standing)
+    await gangs.after_close(tx, job, ending, facts.code)
     # A job that was stopped says so with the words of whoever stopped it.
     reason = job["reason"] if job["state"] == "cancelled" else verdict.reason
     if verdict.job == "queued":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
 from potluck.domain.resources import Demand, describe
-from potluck.hub.commands.desk import Desk, as_type
+from potluck.hub.commands.desk import Desk, as_json, as_type
+from potluck.hub.store import Rows
+from potluck.protocol import Event
 
 LIVE = ("running", "finishing", "paused", "queued")
 """States of a run that is not over, the liveliest first."""
@@ -84,6 +88,18 @@ class JobLine:
     queued_at: str
     started_at: str | None
     ended_at: str | None
+    gang: GangLine | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GangLine:
+    """The gang that a job is a member of, as everybody may know it."""
+
+    id: str
+    name: str
+    state: str
+    started_at: str | None
+    ended_at: str | None
 
 
 async def job_lines(desk: Desk, *, ids: Sequence[str] = (), at_work: int = 0, ended: int = 0) -> list[JobLine]:
@@ -102,11 +118,21 @@ async def job_lines(desk: Desk, *, ids: Sequence[str] = (), at_work: int = 0, en
             exit_code=row["exit_code"],
             created_at=row["created_at"].isoformat(),
             queued_at=row["queued_at"].isoformat(),
-            started_at=row["started_at"].isoformat() if row["started_at"] else None,
-            ended_at=row["ended_at"].isoformat() if row["ended_at"] else None,
+            started_at=_iso(row["started_at"]),
+            ended_at=_iso(row["ended_at"]),
+            gang=_gang(row) if row["gang"] else None,
         )
         for row in rows
     ]
+
+
+def _gang(row: dict[str, Any]) -> GangLine:
+    times = _iso(row["gang_started_at"]), _iso(row["gang_ended_at"])
+    return GangLine(row["gang"], row["gang_name"], row["gang_state"], *times)
+
+
+def _iso(value: datetime | None) -> str | None:
+    return value.isoformat() if value else None
 
 
 async def job_counts(desk: Desk) -> tuple[int, int]:
@@ -115,3 +141,63 @@ async def job_counts(desk: Desk) -> tuple[int, int]:
         row = await tx.row("job_counts")
     assert row is not None
     return row["waiting"], row["at_work"]
+
+
+# --- gangs ----------------------------------------------------------------------------------------------------------
+
+Place = tuple[int, int]
+"""Attempt and seq of the newest point that is known."""
+BEGINNING: Place = (0, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What a job said of one step."""
+
+    job: str
+    attempt: int
+    seq: int
+    step: int
+    values: dict[str, float]
+
+    @property
+    def place(self) -> Place:
+        return self.attempt, self.seq
+
+
+async def newest_figures(desk: Desk, after: Mapping[str, Place], names: Sequence[str], *, most: int) -> list[Figure]:
+    """Of each job the newest points after a place, at most `most`, all by time; only the values of these names."""
+    async with desk.ledger.transaction() as tx:
+        rows = await tx.rows("newest_figures", after=_places(after), names=list(names), most=most)
+    return _figures(rows)
+
+
+async def other_figures(
+    desk: Desk, after: Mapping[str, Place], names: Sequence[str], *, most: int, most_bytes: int
+) -> list[Figure]:
+    """Of each job the next points after a place, without the values of these names. None: there are no more."""
+    async with desk.ledger.transaction() as tx:
+        rows = await tx.rows("other_figures", after=_places(after), names=list(names), most=most, most_bytes=most_bytes)
+    return _figures(rows)
+
+
+def _places(after: Mapping[str, Place]) -> Any:
+    return as_json([{"run_id": job, "attempt": attempt, "seq": seq} for job, (attempt, seq) in after.items()])
+
+
+def _figures(rows: Rows) -> list[Figure]:
+    return [Figure(row["run_id"], row["attempt"], row["seq"], row["step"], row["values"]) for row in rows]
+
+
+async def newest_attempts(desk: Desk, jobs: Sequence[str], most: int = 3) -> list[tuple[str, int, bool]]:
+    """Of each job its newest attempts: number, and whether it has ended; the oldest first."""
+    async with desk.ledger.transaction() as tx:
+        rows = await tx.rows("newest_attempts", ids=list(jobs), most=most)
+    return [(row["run_id"], row["number"], row["ended"]) for row in rows]
+
+
+async def events_of_many(desk: Desk, runs: Sequence[str], *, inside: bool, limit: int) -> list[Event]:
+    """What happened to these, the oldest first; `inside`: with the reasons, which are not for everybody."""
+    async with desk.ledger.transaction() as tx:
+        rows = await tx.rows("events_of_many", ids=list(runs), inside=inside, limit=limit)
+    return [Event(r["id"], r["at"].isoformat(), r["kind"], r["subject"], r["text"], r["actor"]) for r in rows]

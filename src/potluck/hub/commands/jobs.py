@@ -18,7 +18,7 @@ from potluck.domain.outcome import Ending
 from potluck.domain.placement import Waiting
 from potluck.domain.resources import Demand, describe, read
 from potluck.errors import BadInput, Conflict, NotAllowed, NotFound
-from potluck.hub.commands import attempts, placing, secrets, trees
+from potluck.hub.commands import attempts, gangs, placing, secrets, trees
 from potluck.hub.commands.desk import Caller, Desk, as_blob, as_json, as_type, new_run_id, note, pass_on, spread
 from potluck.hub.store import CHANNEL, Transaction
 from potluck.protocol import AttemptView, GitState, JobRequest, JobView, Outlook, QueueMove, Usage, Why
@@ -42,6 +42,8 @@ async def submit(desk: Desk, caller: Caller, request: JobRequest, *, key: str | 
             if old := await tx.row("run_by_key", key=own_key):
                 return await _view(tx, caller, old["id"])
     spec = request.spec
+    if spec.gang is not None:
+        raise BadInput("this is a gang, several machines that train together: POST it to /api/v1/gangs")
     demand = await _check(desk, caller, spec)
     tree = await trees.check(desk, request.project)
     # Relaxed: a NOTIFY lets one transaction commit after the other, and they would all wait for the disk in a row.
@@ -170,6 +172,7 @@ async def stop(desk: Desk, caller: Caller, ref: str) -> JobView:
             finished=held is None,
         )
         await note(tx, "job.cancelled", job["id"], f"{job['id']} was {reason}", run_id=job["id"], actor=caller.name)
+        await gangs.touch(tx, job)
         if held is not None and held["agent"] == "":  # it never arrived there: nothing has to end
             after = {**job, "state": "cancelled", "reason": reason, "cancelled_by": caller.name}
             ending = Ending("cancelled", "", reason="it was stopped before it was there")
@@ -201,6 +204,7 @@ async def retry(desk: Desk, caller: Caller, ref: str) -> JobView:
             raise Conflict(f"{job['id']} is {job['state']}: only a job that has ended can be tried again")
         if not job["finished"]:
             raise Conflict(f"{job['id']} is still being ended where it ran: try again in a moment")
+        await gangs.check_retry(tx, job)
         spec = as_type(job["spec"], JobSpec)
         await secrets.check_there(tx, job["owner"], spec.secrets)
         reason = f"tried again by {caller.name}"
@@ -213,6 +217,7 @@ async def retry(desk: Desk, caller: Caller, ref: str) -> JobView:
             fresh=job["state"] == "succeeded",
         )
         await note(tx, "job.queued", job["id"], f"{job['id']} is {reason}", run_id=job["id"], actor=caller.name)
+        await gangs.touch(tx, job)
         await spread(tx, "job", [job["id"]])
         view = await _view(tx, caller, job["id"])
     _tell(desk, job["id"])
@@ -318,6 +323,8 @@ def _as_view(row: dict[str, Any], caller: Caller, attempts_: list[dict[str, Any]
         project=as_blob(row["project"]) if mine else None,
         git=as_type(row["git"], GitState) if mine and row["git"] is not None else None,
         attempts=[_attempt(each) for each in attempts_],
+        gang=row["gang"] or "",
+        member=row["member"] or 0,
     )
 
 

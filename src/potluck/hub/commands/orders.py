@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from potluck.domain.job import JobSpec
@@ -19,7 +19,7 @@ from potluck.domain.names import clean_name
 from potluck.domain.outcome import Ending
 from potluck.domain.resources import Grant
 from potluck.errors import BadInput, Conflict, LedgerError, NotKnown
-from potluck.hub.commands import attempts, secrets
+from potluck.hub.commands import attempts, gangs, secrets
 from potluck.hub.commands.desk import Caller, Desk, as_blob, as_json, as_type
 from potluck.hub.commands.forms import MOST_BYTES, amount, count
 from potluck.hub.store import Rows
@@ -43,7 +43,7 @@ _GB = 10**9
 class Arrival:
     """A request that is here, and what it found."""
 
-    request: OrdersRequest
+    request: OrdersRequest  # cleaned; what it says of gangs is cleaned where it is used
     holding: frozenset[uuid.UUID]
     strange: list[str]  # in `holding`, and no id at all
     ordered_at: Any
@@ -54,7 +54,9 @@ class Arrival:
 class Seen:
     """What the ledger has for a worker."""
 
+    name: str
     draining: bool
+    must_knock: bool
     owner: str  # whose the machine is
     leases: Rows  # all that are live, with their jobs
 
@@ -74,7 +76,7 @@ async def orders(
             # Renewed only when it asks: so it must ask often enough for the least patient of its jobs.
             end = begun + min(max(wait_s, 0.0), MOST_WAIT_S, ttl_s / 3)
             if not urgent:
-                end = min(end, begun + TOLD_FOR_S) if answer.end or answer.drop else end
+                end = min(end, begun + TOLD_FOR_S) if answer.end or answer.drop or answer.meet else end
             if urgent or end <= clock() or desk.news.closed:
                 _remember(desk, caller, answer, clock())
                 return answer
@@ -132,6 +134,7 @@ async def _arrive(desk: Desk, caller: Caller, request: OrdersRequest) -> tuple[A
             "is for one machine. Stop the other one, or join here with a link of its own (potluck join LINK --home DIR)"
         )
     row = rows[0]
+    await gangs.hear(desk, caller, clean, before=row)
     if ids:
         await desk.ledger.shared(
             "renew_commands",
@@ -159,7 +162,8 @@ async def _look(desk: Desk, caller: Caller) -> Seen:
     if rows[0]["revoked"]:
         raise NotKnown("this worker was revoked: end what it does, and ask whoever runs this hub")
     leases = [row for row in rows if row["id"] is not None]
-    return Seen(rows[0]["draining"], rows[0]["worker_owner"], leases)
+    first = rows[0]
+    return Seen(first["worker_name"], first["draining"], first["must_knock"], first["worker_owner"], leases)
 
 
 async def _judge(desk: Desk, caller: Caller, arrival: Arrival, seen: Seen) -> tuple[OrdersAnswer, bool, float]:
@@ -181,15 +185,18 @@ async def _judge(desk: Desk, caller: Caller, arrival: Arrival, seen: Seen) -> tu
             await attempts.give_up(desk, row["run_id"], row["id"], _if_stopped(agent))
         else:
             give.append(row)
-    leases = await _deliver(desk, caller, arrival, give, seen.owner) if give else []
+    leases = await _deliver(desk, caller, arrival, give, seen) if give else []
+    knock, meet, gang_urgent = await gangs.say(desk, caller, arrival.request, rows, must_knock=seen.must_knock)
     drop = sorted(str(id_) for id_ in arrival.holding - live) + arrival.strange
     now = asyncio.get_running_loop().time()
     told = desk.memory.told
     said = [*(each.lease_id for each in end), *drop]
     fresh = [id_ for id_ in said if now - told.get((caller.subject, id_), -TOLD_FOR_S) >= TOLD_FOR_S]
-    urgent = bool(leases or fresh or seen.draining != arrival.draining)
+    urgent = bool(leases or fresh or gang_urgent or seen.draining != arrival.draining)
     ttl_s = min((float(row["ttl_s"]) for row in rows), default=MOST_WAIT_S * 3)
-    return OrdersAnswer(leases, end, drop, seen.draining), urgent, ttl_s
+    if any(row["gang"] is not None for row in rows):
+        ttl_s = min(ttl_s, gangs.ASK_EVERY_S * 3)
+    return OrdersAnswer(leases, end, drop, seen.draining, knock, meet), urgent, ttl_s
 
 
 def _remember(desk: Desk, caller: Caller, answer: OrdersAnswer, now: float) -> None:
@@ -223,13 +230,13 @@ def _if_stopped(agent: str) -> Callable[[dict[str, Any]], Ending | None]:
 
 
 async def _deliver(
-    desk: Desk, caller: Caller, arrival: Arrival, rows: list[dict[str, Any]], owner: str
+    desk: Desk, caller: Caller, arrival: Arrival, rows: list[dict[str, Any]], seen: Seen
 ) -> list[JobLease]:
     """Leases with their secrets, and from now on this agent has them. Not those that ended this very moment."""
     given: dict[uuid.UUID, JobLease] = {}
     for row in rows:
         try:
-            given[row["id"]] = await _lease(desk, row, owner)
+            given[row["id"]] = await _lease(desk, row, seen)
         except Conflict as error:
             why = str(error)
             log.warning("lease.unusable", run=row["run_id"], reason=why)
@@ -244,7 +251,7 @@ def _failed(why: str) -> Callable[[dict[str, Any]], Ending | None]:
     return lambda held: Ending("failed", held["worker"], reason=why)
 
 
-async def _lease(desk: Desk, row: dict[str, Any], worker_owner: str) -> JobLease:
+async def _lease(desk: Desk, row: dict[str, Any], seen: Seen) -> JobLease:
     spec = as_type(row["spec"], JobSpec)
     grant = as_type(row["granted"], Grant)
     values: dict[str, str] = {}
@@ -256,6 +263,10 @@ async def _lease(desk: Desk, row: dict[str, Any], worker_owner: str) -> JobLease
             raise Conflict(str(error)) from error
         if missing := sorted(set(spec.secrets) - set(values)):
             raise Conflict(f"the secret {', '.join(missing)} was removed after the job was submitted")
+    member = None
+    if row["gang"] is not None:
+        async with desk.ledger.transaction() as tx:
+            member = await gangs.membership(tx, row, seen.name)
     return JobLease(
         id=str(row["id"]),
         task_id=row["task_id"],
@@ -264,7 +275,7 @@ async def _lease(desk: Desk, row: dict[str, Any], worker_owner: str) -> JobLease
         attempt=row["number"],
         owner=row["owner"],
         owner_name=row["owner_name"],
-        owns_worker=row["owner"] == worker_owner,
+        owns_worker=row["owner"] == seen.owner,
         ttl_s=float(row["ttl_s"]),
         spec=spec,
         project=as_type(row["project"], Blob),
@@ -275,6 +286,7 @@ async def _lease(desk: Desk, row: dict[str, Any], worker_owner: str) -> JobLease
         disk_bytes=grant.disk,
         secrets=values,
         resume_from=as_blob(row["checkpoint"]),
+        gang=member,
     )
 
 
@@ -319,9 +331,12 @@ def _clean(request: OrdersRequest) -> OrdersRequest:
         [_gpu(gpu) for gpu in now.gpus[:64]],
         clean_name(now.os, "")[:20],
         clean_name(now.arch, "")[:20],
+        sorted({clean_name(each, "") for each in now.engines[:10]} - {""}),
     )
     executors = sorted({clean_name(each, "") for each in request.executors[:20]} - {""})
-    return OrdersRequest(agent, [], machine, rules, executors, clean_labels(request.labels))
+    return replace(
+        request, holding=[], now=machine, rules=rules, executors=executors, labels=clean_labels(request.labels)
+    )
 
 
 def clean_labels(labels: dict[str, str]) -> dict[str, str]:
@@ -353,4 +368,4 @@ def _rough(now: MachineNow) -> tuple[Any, ...]:
     """What of a machine is worth another look at the line, when it changes."""
     gpus = tuple((gpu.index, gpu.name, gpu.memory_bytes, gpu.free_bytes // (_GB // 2)) for gpu in now.gpus)
     sizes = (now.memory_bytes, now.memory_free_bytes // _GB, now.disk_free_bytes // (10 * _GB))
-    return (now.cpu_cores, *sizes, gpus, now.os, now.arch)
+    return (now.cpu_cores, *sizes, gpus, now.os, now.arch, tuple(now.engines))

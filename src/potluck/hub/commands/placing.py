@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 from potluck.domain import fairness
 from potluck.domain.placement import Explanation, Placed, Plan, Waiting, explain, impossible
 from potluck.domain.resources import Demand
 from potluck.errors import BadInput, NotFound
 from potluck.hub.commands import facts as facts_
-from potluck.hub.commands.desk import Desk, as_json, pass_on, spread
+from potluck.hub.commands import reaches
+from potluck.hub.commands.desk import Desk, as_json, note, pass_on, spread
 from potluck.hub.commands.facts import Facts, Forecast
 from potluck.hub.store import Transaction
 from potluck.protocol import Near, Outlook, QueueMove
@@ -55,13 +58,15 @@ async def run_pass(desk: Desk) -> Pass:
             return Pass(mine=False)
         facts, plan = await _decide(await facts_.gather(tx))
         done = await _write(tx, facts, plan)
+    if plan.knocks:
+        await reaches.want(desk, plan.knocks)
     took_s = clock() - begun
     desk.memory.forecast = Forecast(facts, plan, clock(), took_s, ticket)
     pass_on(desk, "orders", (placed.worker for placed in done))
     pass_on(desk, "job", (placed.job for placed in done))
     if done:
         desk.news.tell("change")
-    return Pass(len(done), len(facts.waiting) - len(done), took_s=took_s)
+    return Pass(len(done), len(facts.waiting) + facts.resting - len(done), took_s=took_s)
 
 
 async def _decide(raw: facts_.Raw) -> tuple[Facts, Plan]:
@@ -81,6 +86,8 @@ async def _write(tx: Transaction, facts: Facts, plan: Plan) -> list[Placed]:
     rows = await tx.rows("lock_jobs_to_place", ids=sorted(placed.job for placed in plan.placed))
     jobs = {row["id"]: row for row in rows}
     fit = [placed for placed in plan.placed if placed.worker in names and placed.job in jobs]
+    if gangs := sorted({row["gang"] for row in rows} - {None}):
+        fit = await _whole_gangs(tx, facts, fit, jobs, gangs)
     fees: dict[str, float] = {}
     for start in range(0, len(fit), AT_ONCE):
         part = fit[start : start + AT_ONCE]
@@ -94,16 +101,50 @@ async def _write(tx: Transaction, facts: Facts, plan: Plan) -> list[Placed]:
             grants=[as_json(placed.grant) for placed in part],
             patience=[jobs[placed.job]["patience_s"] for placed in part],
             reasons=[placed.reason for placed in part],
+            addresses=[placed.address for placed in part],
         )
         await tx.run("add_events", kind="job.placed", actor="", runs=[placed.job for placed in part], texts=texts)
         for placed in part:
             owner = jobs[placed.job]["owner"]
             fees[owner] = fees.get(owner, 0.0) + fairness.entry_fee(placed.grant)
+    if gangs:
+        await _form(tx, facts, {placed.job: placed for placed in fit}, jobs, names)
     if fees:
         await charge(tx, fees)
     await spread(tx, "orders", (placed.worker for placed in fit))
     await spread(tx, "job", (placed.job for placed in fit))
     return fit
+
+
+async def _whole_gangs(
+    tx: Transaction, facts: Facts, fit: list[Placed], jobs: dict[str, dict[str, Any]], gangs: list[str]
+) -> list[Placed]:
+    """Without the members of gangs of which too few are left: they are placed together, or not at all."""
+    stand = {row["run_id"] for row in await tx.rows("lock_gangs_to_place", ids=gangs)}
+    count = Counter(jobs[placed.job]["gang"] for placed in fit)
+    whole = {gang for gang in stand if gang in facts.gangs and count[gang] >= facts.gangs[gang].needed}
+    return [placed for placed in fit if jobs[placed.job]["gang"] in whole | {None}]
+
+
+async def _form(
+    tx: Transaction, facts: Facts, fit: dict[str, Placed], jobs: dict[str, dict[str, Any]], names: dict[str, str]
+) -> None:
+    """Gangs whose first members have just got their places are formed, and it is decided what carries them."""
+    members: defaultdict[str, list[str]] = defaultdict(list)  # by gang: workers
+    for id_, placed in fit.items():
+        if (gang := jobs[id_]["gang"]) is not None:
+            members[gang].append(placed.worker)
+    engines = {machine.id: machine.engines for machine in facts.machines}
+    for gang, workers in sorted(members.items()):
+        if facts.gangs[gang].formed:
+            continue
+        choice = facts.gangs[gang].choice
+        if choice == "auto":
+            choice = "torchft" if all("torchft" in engines[worker] for worker in workers) else "plain"
+        where = ", ".join(sorted(names[worker] for worker in workers))
+        await tx.run("form_gang", gang=gang, engine=choice, reason=f"formed of {where}")
+        await note(tx, "gang.formed", gang, f"{gang} is formed of {where} ({choice})", run_id=gang)
+    await spread(tx, "job", members)
 
 
 async def charge(tx: Transaction, amounts: dict[str, float]) -> None:

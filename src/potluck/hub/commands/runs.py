@@ -272,6 +272,8 @@ async def events(
     """What happened, of one run or job or of all. Of other people's jobs only that it did."""
     async with desk.ledger.transaction() as tx:
         run_id = await _find_any(tx, ref, caller) if ref else None
+        if ref and run_id is None and (gang := await tx.row("gang_by_id", ref=ref)):
+            run_id = str(gang["id"])
         if ref and run_id is None:
             raise NotFound(f"there is no run or job `{ref}`: `potluck ps` shows them")
         rows = await tx.rows(

@@ -5,6 +5,7 @@
     views     which page shows what, to whom      live              one rendering for all viewers, sent as it changes
     answers   headers, frame, refusals            session           coming in by a link or a credential, leaving
     pages     routes of runs                      jobs, submit      routes of jobs and machines, of the form
+    gangs     routes of gangs                     gangviews         the facts of a gang and its members
     folders   what of a folder belongs to a job   unzip             an archive from a stranger, opened with care
 
 Rendered here, so it works without a script; the scripts (assets/) swap in newer pieces, follow a log, send a folder.
@@ -12,11 +13,11 @@ Rendered here, so it works without a script; the scripts (assets/) swap in newer
 
 from fastapi import APIRouter, FastAPI
 
-from potluck.hub.dashboard import jobs, live, pages, session, submit
+from potluck.hub.dashboard import gangs, jobs, live, pages, session, submit
 
 
 def routers() -> list[APIRouter]:
-    return [pages.router, session.router, jobs.router, submit.router, submit.pieces]
+    return [pages.router, session.router, jobs.router, gangs.router, submit.router, submit.pieces]
 
 
 def install(app: FastAPI) -> None:

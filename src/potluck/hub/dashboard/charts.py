@@ -8,7 +8,7 @@ puts every label in its place (the page's security policy forbids inline styles)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from potluck.hub.commands.board import Point
@@ -38,18 +38,24 @@ class Chart:
     x_ticks: list[str]
     y_ticks: list[str]  # from the top
     x_name: str
+    marks: str = ""  # SVG path data: a line from top to bottom at each place where something happened
 
 
 def chart(
     title: str,
-    series: dict[str, Points],
+    series: Mapping[str, Points],
     *,
     show: Callable[[float], str] = words.short,
     ticks: int = 4,
     x_name: str = "samples trained",
     over: Callable[[float], str] = lambda x: f"over {words.short(x)} samples",
+    lowest: float = math.inf,
+    marks: Sequence[float] = (),
 ) -> Chart | None:
-    """Lines over samples (or `x_name`); None when there is nothing to draw. Values that are not finite are left out."""
+    """Lines over samples (or `x_name`); None when there is nothing to draw. Values that are not finite are left out.
+
+    The axis of the values begins at `lowest`, if that is below all of them. `marks` are places on the other axis.
+    """
     kept = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()
     }
@@ -58,7 +64,7 @@ def chart(
         return None
     thinned = {name: thin(points, MOST_POINTS) for name, points in kept.items()}
     values = [y for points in thinned.values() for _, y in points]
-    y_ticks = nice_ticks(min(values), max(values), ticks)
+    y_ticks = nice_ticks(min(*values, lowest), max(values), ticks)
     x_low = min(points[0][0] for points in thinned.values())
     x_high = max(points[-1][0] for points in thinned.values())
     x_low = 0.0 if x_low < x_high / 4 else x_low
@@ -76,6 +82,7 @@ def chart(
         else [words.short(x_high)],
         y_ticks=[show(tick).replace(".0 %", " %") for tick in reversed(y_ticks)],
         x_name=x_name,
+        marks="".join(f"M{frame.x(x):.1f} 0V{HEIGHT}" for x in marks if x_low <= x <= x_high),
     )
 
 

@@ -95,6 +95,6 @@ def _draw(name: str, points: list[tuple[float, float]]) -> charts.Chart | None:
     )
 
 
-def _order(name: str) -> tuple[bool, str]:
-    """Losses first: they are what people look for."""
-    return "loss" not in name.lower(), name.lower()
+def _order(name: str) -> tuple[bool, bool, str]:
+    """Losses first: they are what people look for. What a gang writes about itself comes last: its page shows it."""
+    return name.startswith("gang/"), "loss" not in name.lower(), name.lower()

@@ -61,6 +61,7 @@ async def one_job(request: Request, desk: At, caller: Asking, job: str, attempt:
         job_id=view.id,
         name=view.name,
         owner=view.owner,
+        gang=view.gang,
         attempts=len(view.attempts),
         log=await _tail(desk, caller, view, attempt) if view.mine else None,
     )

@@ -7,12 +7,13 @@ A piece of a page is drawn once for all who look at it. What only some may see i
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
-from potluck.domain.job import ENDED
+from potluck.domain.job import ENDED, JobSpec
 from potluck.errors import NotFound
 from potluck.hub.commands import board, jobs, keeping, people, placing, runs
 from potluck.hub.commands.board import JobLine
@@ -28,6 +29,8 @@ JOB_INSIDE = ("job_head", "pictures", "curves", "files", "environment", "attempt
 MOST_LINES = 60
 MOST_ENDED = 20
 MOST_EVENTS = 20
+MOST_NAMED = 4
+"""Machines of a gang that are named in one line."""
 POINTS_AT_ONCE = 5000
 """So many points are read for one drawing at most; the rest follows with the next."""
 
@@ -49,32 +52,97 @@ class InLine:
     needs: str
     priority: int
     since: str
+    path: str
+    members: int = 0  # so many of a gang wait here; 0: it is a job by itself
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job, or all that is seen of a gang, as one line of a list."""
+
+    path: str
+    name: str
+    state: str
+    owner: str
+    needs: str
+    machines: list[str]
+    exit_code: int | None
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+    members: int = 0  # of the gang, as many as are seen here; 0: it is a job by itself
+
+    @property
+    def where(self) -> str:
+        shown = ", ".join(self.machines[:MOST_NAMED])
+        more = len(self.machines) - MOST_NAMED
+        return f"{shown} and {more} more" if more > 0 else shown
+
+
+def rows(lines: Iterable[JobLine]) -> list[Row]:
+    """Lines of a list; the members of a gang are one, where the first of them stands."""
+    found: dict[str, list[JobLine]] = {}
+    for line in lines:
+        found.setdefault(f"/gangs/{quote(line.gang.id)}" if line.gang else f"/jobs/{quote(line.id)}", []).append(line)
+    return [_row(path, members) for path, members in found.items()]
+
+
+def _row(path: str, lines: list[JobLine]) -> Row:
+    first, gang = lines[0], lines[0].gang
+    machines = sorted({line.worker for line in lines if line.worker})
+    if gang is None:
+        times = first.created_at, first.started_at, first.ended_at
+        return Row(path, first.name, first.state, first.owner, first.needs, machines, first.exit_code, *times)
+    times = first.created_at, gang.started_at, gang.ended_at
+    code = next((line.exit_code for line in lines if line.exit_code), None) if gang.state == "failed" else None
+    return Row(path, gang.name, gang.state, first.owner, first.needs, machines, code, *times, len(lines))
 
 
 @dataclass(frozen=True)
 class QueueFacts:
     waiting: list[InLine]
-    waiting_more: int
+    waiting_more: int  # jobs that are not in it
+    waits: int  # jobs
     at_work: int
-    running: list[JobLine]
-    ended: list[JobLine]
+    running: list[Row]
+    ended: list[Row]
     admin: bool
 
 
 async def queue(desk: Desk, *, admin: bool) -> QueueFacts:
     line = await placing.queue(desk)
     shown = line[:MOST_LINES]
-    found = await board.job_lines(desk, ids=[look.job for look in shown], at_work=MOST_LINES, ended=MOST_ENDED)
+    # a gang is one line of many members
+    found = await board.job_lines(desk, ids=[look.job for look in shown], at_work=MOST_LINES, ended=4 * MOST_ENDED)
     by_id = {job.id: job for job in found}
     waits, at_work = await board.job_counts(desk)
-    waiting = [
-        InLine(look, job.name, job.owner, job.needs, job.priority, job.queued_at)
-        for look in shown
-        if (job := by_id.get(look.job)) is not None
-    ]
-    ended = sorted((job for job in found if job.state in ENDED), key=lambda job: job.ended_at or "", reverse=True)
+    ended = sorted(filter(_is_over, found), key=lambda job: job.ended_at or "", reverse=True)
     running = [job for job in found if job.state not in ENDED and job.state != "queued"]
-    return QueueFacts(waiting, max(0, waits - len(waiting)), at_work, running, ended[:MOST_ENDED], admin)
+    known = [look for look in shown if look.job in by_id]
+    more = max(0, waits - len(known))
+    return QueueFacts(
+        _waiting(known, by_id), more, len(known) + more, at_work, rows(running), rows(ended)[:MOST_ENDED], admin
+    )
+
+
+def _is_over(job: JobLine) -> bool:
+    """A member that ended before its gang is no news of its own."""
+    return job.state in ENDED and (job.gang is None or job.gang.state in ENDED)
+
+
+def _waiting(line: Sequence[Outlook], by_id: Mapping[str, JobLine]) -> list[InLine]:
+    """Who waits; the members of a gang together, where the first of them stands."""
+    found: dict[str, InLine] = {}
+    for look in line:
+        job = by_id[look.job]
+        times = job.priority, job.queued_at
+        if (gang := job.gang) is None:
+            found[job.id] = InLine(look, job.name, job.owner, job.needs, *times, f"/jobs/{quote(job.id)}")
+            continue
+        path = f"/gangs/{quote(gang.id)}"
+        before = found.get(path) or InLine(look, gang.name, job.owner, job.needs, *times, path)
+        found[path] = replace(before, members=before.members + 1)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -83,13 +151,14 @@ class Glance:
 
     waiting: int
     at_work: int
-    lines: list[JobLine]  # those at work, then those that ended last
+    lines: list[Row]  # those at work, then those that ended last
 
 
 async def at_a_glance(desk: Desk, most: int = 6) -> Glance:
-    found = await board.job_lines(desk, at_work=most, ended=most)
+    found = await board.job_lines(desk, at_work=4 * most, ended=4 * most)
     waiting, at_work = await board.job_counts(desk)
-    return Glance(waiting, at_work, sorted(found, key=lambda job: job.state in ENDED)[:most])
+    lines = rows(job for job in found if job.state not in ENDED or _is_over(job))
+    return Glance(waiting, at_work, sorted(lines, key=lambda row: row.state in ENDED)[:most])
 
 
 # --- machines -------------------------------------------------------------------------------------------------------
@@ -184,8 +253,7 @@ class JobFacts:
     @property
     def command(self) -> str:
         assert self.job.spec is not None
-        argv = self.job.spec.command
-        return argv[2] if argv[:2] == ["/bin/sh", "-c"] and len(argv) == 3 else shlex.join(argv)
+        return command_line(self.job.spec)
 
     @property
     def stages(self) -> list[Stage]:
@@ -238,6 +306,11 @@ class JobFacts:
         ran = {"ran in": self.last.executor if self.last else "", **ran}
         rows = [*asked.items(), *((name, value) for name, value in ran.items() if name != "packages")]
         return [(name, str(value)[:2000]) for name, value in rows if value not in ("", None, [], {})]
+
+
+def command_line(spec: JobSpec) -> str:
+    argv = spec.command
+    return argv[2] if argv[:2] == ["/bin/sh", "-c"] and len(argv) == 3 else shlex.join(argv)
 
 
 def stages(job: JobView, now: datetime) -> list[Stage]:

@@ -44,16 +44,24 @@ async def one_run(request: Request, desk: At, caller: Asking, run: str) -> Respo
 
 @router.get("/live", response_class=StreamingResponse, **roles(access.ANYBODY))
 async def events(
-    request: Request, desk: At, caller: Asking, run: str = "", job: str = "", show: str = "", after: str = ""
+    request: Request,
+    desk: At,
+    caller: Asking,
+    run: str = "",
+    job: str = "",
+    gang: str = "",
+    show: str = "",
+    after: str = "",
 ) -> Response:
     """Server-sent events: the regions of a page that changed since frame `after` (or the browser's Last-Event-ID)."""
-    key = await views.find(desk, caller, run=run, job=job, show=show)
+    asked = {"run": run, "job": job, "gang": gang, "show": show}
+    key = await views.find(desk, caller, **asked)
     have = request.headers.get("last-event-id") or after
 
     async def welcome() -> bool:
         try:
             now = await caller_of(request)
-            return now.role in access.ANYBODY and await views.find(desk, now, run=run, job=job, show=show) == key
+            return now.role in access.ANYBODY and await views.find(desk, now, **asked) == key
         except PotluckError as error:
             return error.status not in (401, 403)
 

@@ -47,6 +47,13 @@ def span(seconds: float) -> str:
     return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2] if number) or "0 s"
 
 
+def brief(seconds: float) -> str:
+    """`0.4 ms`, `84 ms`, `1.3 s`; from a minute on as `span`."""
+    if seconds >= 60:
+        return span(seconds)
+    return f"{_three(seconds)} s" if seconds >= 1 else f"{_three(1000 * seconds)} ms" if seconds > 0 else "0"
+
+
 def percent(fraction: float, places: int = 0) -> str:
     """`64 %`. Never 100 % or 0 % of what is only nearly so."""
     value = 100 * fraction

@@ -22,7 +22,7 @@ SELECT run_id AS id FROM jobs WHERE run_id = %(ref)s;
 SELECT runs.id, runs.name = %(ref)s OR %(ref)s = 'last' AS sure
 FROM runs JOIN jobs ON jobs.run_id = runs.id
 WHERE runs.mode = 'job'
-    AND (runs.name = %(ref)s OR %(ref)s = 'last' OR (length(%(ref)s) >= 3 AND starts_with(runs.id, %(ref)s)))
+    AND (runs.name = %(ref)s OR (%(ref)s = 'last' AND jobs.gang IS NULL) OR (length(%(ref)s) >= 3 AND starts_with(runs.id, %(ref)s)))
 ORDER BY sure DESC, (jobs.owner = %(owner)s) DESC, runs.created_at DESC LIMIT 3;
 
 -- name: job_ids
@@ -37,7 +37,7 @@ SELECT count(*) AS count FROM jobs WHERE owner = %(owner)s AND NOT finished;
 -- name: job_views
 SELECT runs.id, runs.name, runs.state, runs.reason, runs.created_at, runs.started_at, runs.ended_at,
     jobs.owner, jobs.spec, jobs.needs, jobs.project, jobs.git, jobs.priority, jobs.retries_left, jobs.cancelled_by,
-    jobs.finished, COALESCE(credentials.name, jobs.owner) AS owner_name, last.worker, last.exit_code
+    jobs.finished, jobs.gang, jobs.member, COALESCE(credentials.name, jobs.owner) AS owner_name, last.worker, last.exit_code
 FROM runs JOIN jobs ON jobs.run_id = runs.id
 LEFT JOIN credentials ON credentials.subject = jobs.owner
 LEFT JOIN LATERAL (
@@ -56,7 +56,7 @@ WHERE attempts.run_id = %(run_id)s ORDER BY number;
 -- name: lock_job
 -- The run before anything else of a job; then leases by id, tasks, attempts, and last what its owner has used.
 SELECT runs.id, runs.name, runs.state, runs.reason, jobs.task_id, jobs.owner, jobs.retries_left, jobs.returns,
-    jobs.attempts, jobs.cancelled_by, jobs.finished, jobs.spec
+    jobs.attempts, jobs.cancelled_by, jobs.finished, jobs.spec, jobs.gang
 FROM runs JOIN jobs ON jobs.run_id = runs.id
 WHERE runs.id = %(run_id)s FOR NO KEY UPDATE OF runs, jobs;
 

@@ -116,12 +116,15 @@ ORDER BY w.joined_at;
 INSERT INTO events (kind, subject, run_id, actor, text) VALUES (%(kind)s, %(subject)s, %(run_id)s, %(actor)s, %(text)s);
 
 -- name: events
--- What happened to somebody's job is theirs to read (viewer NULL: an admin); others read that it did.
+-- What happened to somebody's job or gang is theirs to read (viewer NULL: an admin); others read that it did.
 SELECT newest.id, at, kind, subject, actor,
-    CASE WHEN jobs.run_id IS NULL OR %(viewer)s::text IS NULL OR jobs.owner = %(viewer)s THEN text
-        ELSE subject || ' is ' || substr(kind, 5) END AS text
+    CASE WHEN COALESCE(jobs.owner, gangs.owner) IS NULL OR %(viewer)s::text IS NULL
+        OR COALESCE(jobs.owner, gangs.owner) = %(viewer)s THEN text
+        ELSE subject || ' is ' || split_part(kind, '.', 2) END AS text
 FROM (
     SELECT * FROM events
     WHERE id > %(after)s AND (%(run_id)s::text IS NULL OR run_id = %(run_id)s) ORDER BY id DESC LIMIT %(limit)s
-) newest LEFT JOIN jobs ON jobs.run_id = newest.run_id AND newest.kind LIKE 'job.%%'
+) newest
+LEFT JOIN jobs ON jobs.run_id = newest.run_id AND newest.kind LIKE 'job.%%'
+LEFT JOIN gangs ON gangs.run_id = newest.run_id AND newest.kind LIKE 'gang.%%'
 ORDER BY newest.id;

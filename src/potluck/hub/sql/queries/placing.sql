@@ -12,7 +12,8 @@ SELECT EXTRACT(EPOCH FROM now())::float8 AS now;
 -- name: waiting_jobs
 SELECT runs.id, runs.name, jobs.owner, jobs.needs::text AS needs, jobs.priority, jobs.rank,
     EXTRACT(EPOCH FROM jobs.queued_at)::float8 AS queued_at, (jobs.spec ->> 'timeout_s')::float8 AS timeout_s,
-    NULLIF(jobs.avoid, '{}') AS avoid
+    NULLIF(jobs.avoid, '{}') AS avoid, jobs.gang, jobs.member,
+    COALESCE(jobs.held_back > now(), false) AS held_back
 FROM jobs JOIN runs ON runs.id = jobs.run_id
 WHERE NOT jobs.finished AND runs.state = 'queued';
 
@@ -23,14 +24,16 @@ SELECT runs.id FROM jobs JOIN runs ON runs.id = jobs.run_id WHERE NOT jobs.finis
 -- A worker counts as present while it asks: it asks again after at most thirty seconds.
 SELECT id, name, owner, machine, rules, executors, labels || hub_labels AS labels,
     draining_at IS NOT NULL AS draining,
-    state <> 'left' AND hung_up_at IS NULL AND ordered_at > now() - interval '45 seconds' AS present
+    state <> 'left' AND hung_up_at IS NULL AND ordered_at > now() - interval '45 seconds' AS present,
+    door IS NOT NULL AS has_door
 FROM workers WHERE revoked_at IS NULL AND ordered_at IS NOT NULL;
 
 -- name: held_places
 -- Every place that is taken: an attempt has one until its lease is over, whatever became of its job.
 SELECT attempts.worker_id, attempts.run_id, runs.name, jobs.owner, attempts.granted,
     EXTRACT(EPOCH FROM attempts.placed_at)::float8 AS placed_at,
-    EXTRACT(EPOCH FROM attempts.started_at)::float8 AS started_at, (jobs.spec ->> 'timeout_s')::float8 AS timeout_s
+    EXTRACT(EPOCH FROM attempts.started_at)::float8 AS started_at, (jobs.spec ->> 'timeout_s')::float8 AS timeout_s,
+    jobs.gang
 FROM attempts JOIN jobs ON jobs.run_id = attempts.run_id JOIN runs ON runs.id = attempts.run_id
 WHERE attempts.ended_at IS NULL;
 
@@ -61,7 +64,8 @@ ORDER BY id FOR SHARE;
 
 -- name: lock_jobs_to_place
 -- Those that still wait: somebody may have stopped one since the pass began.
-SELECT runs.id, runs.name, jobs.task_id, jobs.owner, COALESCE((jobs.spec ->> 'patience_s')::float8, 120) AS patience_s
+SELECT runs.id, runs.name, jobs.task_id, jobs.owner, COALESCE((jobs.spec ->> 'patience_s')::float8, 120) AS patience_s,
+    jobs.gang
 FROM runs JOIN jobs ON jobs.run_id = runs.id
 WHERE runs.id = ANY(%(ids)s::text[]) AND runs.state = 'queued' AND NOT jobs.finished
 ORDER BY runs.id FOR NO KEY UPDATE OF runs, jobs;
@@ -70,8 +74,8 @@ ORDER BY runs.id FOR NO KEY UPDATE OF runs, jobs;
 -- All placements of a pass at once: a lease and an attempt each, and the job goes on. The rows are locked already.
 WITH new AS (
     SELECT * FROM unnest(%(runs)s::text[], %(tasks)s::bigint[], %(leases)s::uuid[], %(workers)s::text[],
-        %(grants)s::jsonb[], %(patience)s::float8[], %(reasons)s::text[])
-        AS new (run_id, task_id, lease_id, worker_id, granted, patience_s, reason)
+        %(grants)s::jsonb[], %(patience)s::float8[], %(reasons)s::text[], %(addresses)s::text[])
+        AS new (run_id, task_id, lease_id, worker_id, granted, patience_s, reason, address)
 ), lease AS (
     -- a minute to reach the worker; from then on its job's patience counts
     INSERT INTO leases (id, task_id, run_id, worker_id, kind, deadline, ttl)
@@ -86,8 +90,8 @@ WITH new AS (
     UPDATE jobs SET attempts = attempts + 1 FROM new WHERE jobs.run_id = new.run_id
     RETURNING jobs.run_id, jobs.attempts AS number
 )
-INSERT INTO attempts (run_id, number, lease_id, worker_id, granted, reason)
-SELECT new.run_id, job.number, new.lease_id, new.worker_id, new.granted, new.reason
+INSERT INTO attempts (run_id, number, lease_id, worker_id, granted, reason, address)
+SELECT new.run_id, job.number, new.lease_id, new.worker_id, new.granted, new.reason, new.address
 FROM new JOIN job ON job.run_id = new.run_id;
 
 -- name: set_ranks
@@ -105,7 +109,7 @@ WITH asked AS MATERIALIZED (
         %(executors)s::jsonb[], %(labels)s::jsonb[])
         WITH ORDINALITY AS asked (worker_id, agent, machine, rules, executors, labels, n)
 ), old AS (
-    SELECT asked.n, id, workers.machine, workers.rules, workers.executors, workers.labels,
+    SELECT asked.n, id, workers.machine, workers.rules, workers.executors, workers.labels, workers.door,
         state <> 'left' AND hung_up_at IS NULL AND ordered_at > now() - interval '45 seconds' AS was_present,
         -- one agent at a time: the next may come when the one before said good-bye, hung up, or has long been silent
         workers.agent IN ('', asked.agent) OR state = 'left' OR hung_up_at IS NOT NULL OR ordered_at IS NULL
@@ -117,20 +121,22 @@ UPDATE workers SET agent = asked.agent, ordered_at = now(), last_seen = now(), h
     -- the last request of an agent that said good-bye does not bring it back; a new agent does
     state = CASE WHEN workers.state = 'left' AND workers.agent <> asked.agent THEN 'idle' ELSE workers.state END
 FROM old JOIN asked ON asked.n = old.n WHERE workers.id = old.id AND old.is_next
-RETURNING old.n, old.machine, old.rules, old.executors, old.labels, COALESCE(old.was_present, false) AS was_present,
+RETURNING old.n, old.machine, old.rules, old.executors, old.labels, old.door,
+    COALESCE(old.was_present, false) AS was_present,
     workers.ordered_at, workers.draining_at IS NOT NULL AS draining,
     set_config('synchronous_commit', 'off', true) AS relaxed;
 
 -- name: orders_look
 -- Shared. How a worker stands, and the live leases of its jobs with all that it must be told of them (id NULL: none).
 SELECT asked.n, workers.draining_at IS NOT NULL AS draining, workers.revoked_at IS NOT NULL AS revoked,
-    workers.owner AS worker_owner, todo.*
+    workers.owner AS worker_owner, workers.name AS worker_name, workers.must_knock, todo.*
 FROM unnest(%(worker_id)s::text[]) WITH ORDINALITY AS asked (worker_id, n)
 JOIN workers ON workers.id = asked.worker_id
 LEFT JOIN LATERAL (
     SELECT leases.id, leases.task_id, leases.run_id, leases.agent, EXTRACT(EPOCH FROM leases.ttl)::float8 AS ttl_s,
-        attempts.number, attempts.granted, runs.name, jobs.owner, jobs.spec, jobs.project, jobs.checkpoint,
-        jobs.cancelled_by, COALESCE(credentials.name, jobs.owner) AS owner_name
+        attempts.number, attempts.granted, attempts.address, runs.name, jobs.owner, jobs.spec, jobs.project,
+        jobs.checkpoint, jobs.cancelled_by, jobs.gang, jobs.member,
+        COALESCE(credentials.name, jobs.owner) AS owner_name
     FROM attempts JOIN leases ON leases.id = attempts.lease_id
     JOIN runs ON runs.id = attempts.run_id JOIN jobs ON jobs.run_id = attempts.run_id
     LEFT JOIN credentials ON credentials.subject = jobs.owner
