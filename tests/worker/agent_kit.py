@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import threading
 import time
@@ -25,6 +26,16 @@ def until(look: Callable[[], T], what: str = "", timeout_s: float = 30.0) -> T:
         assert time.monotonic() < end, f"it did not come about: {what or look}"
         threading.Event().wait(0.02)
     return found
+
+
+def answers(address: str) -> bool:
+    """Does somebody listen at this "IP:PORT"?"""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 class Heard:

@@ -27,13 +27,17 @@ from potluck.protocol import (
     JobReport,
     JoinAnswer,
     JoinRequest,
+    Knock,
     Layout,
     Lease,
     LeaseRequest,
+    Meeting,
+    MeetOrder,
     Missing,
     OrdersAnswer,
     OrdersRequest,
     Point,
+    Reached,
     RecipeRef,
     Report,
     ReportAnswer,
@@ -81,6 +85,9 @@ class FakeHub:
         self.orders: list[OrdersRequest] = []
         self.job_ends: list[End] = []
         self.job_drops: set[str] = set()
+        self.knocks: list[Knock] = []  # to be asked until the worker has said what came of them
+        self.reached: list[Reached] = []
+        self.meet: dict[str, MeetOrder] = {}  # by lease: said until it is echoed
         self.job_progress: list[tuple[str, JobProgress]] = []
         self.job_reports: list[tuple[str, JobReport]] = []
         self.job_answers: dict[str, ReportAnswer] = {}
@@ -218,6 +225,22 @@ class FakeHub:
             self.jobs.pop(lease.id, None)
             self.job_drops.add(lease.id)
             self.changed.notify_all()
+
+    def meets(self, *orders: MeetOrder) -> None:
+        """Where gangs meet, for some of their members."""
+        with self.changed:
+            self.meet.update({order.lease_id: order for order in orders})
+            self.changed.notify_all()
+
+    def ask_to_knock(self, *knocks: Knock) -> None:
+        with self.changed:
+            self.knocks += knocks
+            self.changed.notify_all()
+
+    def meeting_of(self, lease: JobLease) -> Meeting | None:
+        """What the worker said last of where this member's gang meets."""
+        told = [meeting for request in self.orders[-1:] for meeting in request.meetings]
+        return next((meeting for meeting in told if meeting.lease_id == lease.id), None)
 
     def job_report(self, lease: JobLease) -> JobReport | None:
         return next((report for lease_id, report in self.job_reports if lease_id == lease.id), None)
@@ -358,7 +381,12 @@ class _Handler(Requests):
 
     def orders(self, request: OrdersRequest) -> OrdersAnswer:
         hub = self.hub
-        hub.orders.append(request)
+        with hub.changed:
+            hub.orders.append(request)
+            hub.reached += request.reached
+            done = {one.worker for one in request.reached}
+            hub.knocks = [knock for knock in hub.knocks if knock.worker not in done]
+        echoed = {(one.lease_id, one.turn, one.host): one.address for one in request.meetings}
         ended = {lease_id for lease_id, _ in hub.job_reports}
 
         def look() -> OrdersAnswer | None:
@@ -369,7 +397,14 @@ class _Handler(Requests):
             ]
             ends = [end for end in hub.job_ends if end.lease_id in request.holding and end.lease_id not in ended]
             drops = [lease_id for lease_id in request.holding if lease_id not in hub.jobs and lease_id not in ended]
-            return OrdersAnswer(new, ends, drops) if new or ends or drops else None
+            meet = []
+            for order in hub.meet.values():
+                known = echoed.get((order.lease_id, order.turn, order.host))
+                if order.lease_id in request.holding and (known is None or (known != order.address and not order.host)):
+                    meet.append(order)
+            if not (new or ends or drops or meet or hub.knocks):
+                return None
+            return OrdersAnswer(new, ends, drops, knock=list(hub.knocks), meet=meet)
 
         answer = self.wait_for(look, float(self.query.get("wait", 0)))
         for lease in answer.leases if answer else ():

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from potluck.worker.agent import Agent, AgentSettings
-from potluck.worker.jobs.keeper import House
+from potluck.worker.jobs.house import House
 
 settings = json.loads(sys.argv[1])
 settings["home"] = Path(settings["home"])

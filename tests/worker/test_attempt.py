@@ -12,7 +12,7 @@ import pytest
 from agent_kit import until
 from package_kit import wheel
 
-from potluck.domain.job import JobSpec, Resources
+from potluck.domain.job import GangSpec, JobSpec, Resources
 from potluck.errors import BadInput, PotluckError
 from potluck.protocol import JobReport
 from potluck.worker.jobs import builds, executors, local, output
@@ -224,6 +224,16 @@ print(os.environ["KEY"])
     assert (here.out / "model").read_text() == "m"
     assert sorted(path.name for path in here.out.iterdir()) == ["model", "old"]
     assert not list((tmp_path / "potluck/cache/local").iterdir())
+
+
+def test_a_gang_without_a_hub_is_a_gang_of_one(here: Here) -> None:
+    script = "import json, os\nprint(json.loads(os.environ['POTLUCK_GANG']), 'RANK' in os.environ)"
+
+    assert here.run(script, gang=GangSpec(2, 8, batch=64)).exit_code == 0
+    assert here.output == b"{'batch': 64, 'policy': 'dynamic'} False\n"
+
+    assert here.run("import os; print(os.environ['WORLD_SIZE'])", gang=GangSpec(2, 2, compat=True)).exit_code == 0
+    assert here.output.endswith(b"\n1\n")
 
 
 def test_the_checkpoint_of_a_local_run_that_failed_is_kept_beside_its_results(here: Here) -> None:

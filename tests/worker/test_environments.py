@@ -22,7 +22,7 @@ from package_kit import Machine, source, wheel
 from potluck.errors import DiskFull, PotluckError
 from potluck.worker.jobs import builds
 from potluck.worker.jobs.builds import BuildStep, BuildStopped, build_environment, last_lines, run_plainly
-from potluck.worker.jobs.environments import Environment, EnvironmentFailed, evict, job_path
+from potluck.worker.jobs.environments import Environment, EnvironmentFailed, evict
 from potluck.worker.jobs.locks import try_lock
 from potluck.worker.jobs.requirements import read
 
@@ -449,22 +449,6 @@ def test_eviction_takes_the_one_not_used_for_longest_and_none_in_use(machine: Ma
     newer.release()
     evict(machine.cache, 0)
     assert machine.folders() == []
-
-
-def test_the_job_api_has_two_files_and_is_put_right_again(tmp_path: Path) -> None:
-    folder = job_path(tmp_path)
-    (folder / "potluck" / "job.py").write_text("raise SystemExit('spoilt')")
-
-    assert job_path(tmp_path) == folder
-    assert sorted(path.name for path in (folder / "potluck").iterdir()) == ["__init__.py", "job.py"]
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", "import potluck; print(potluck.log)"],
-        env={"PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith("<function log")
 
 
 def test_a_project_that_brings_potluck_itself_gets_that_one(machine: Machine, only_pip: None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 from agent_kit import told, until
 from fake_hub import FakeHub
 
+from potluck.client import Hub
 from potluck.errors import DiskFull
-from potluck.protocol import JobLease, JobReport, Rules
+from potluck.protocol import JobLease, JobReport, OrdersAnswer, OrdersRequest, Rules
 from potluck.worker.jobs import reports
+from potluck.worker.jobs.house import House, refuse
 from potluck.worker.jobs.hubside import HubSide
-from potluck.worker.jobs.keeper import House, refuse
 
 PLAIN = House(Rules(), executor="process")
 FOREVER = "import time\nprint('begun', flush=True)\ntime.sleep(1000)\n"
@@ -306,6 +308,39 @@ def test_ctrl_c_lets_a_job_write_its_checkpoint_and_gives_it_back(edge: FakeHub,
     (checkpoint,) = [each for lease_id, each in edge.checkpoints if lease_id == lease.id]
     assert edge.read_tree(checkpoint.tree) == {"step": b"7"}
     assert edge.left == ["w1"]
+
+
+def test_the_goodbye_is_the_last_that_the_hub_hears(edge: FakeHub, start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, ask = threading.Event(), Hub.orders
+
+    def slowly(hub: Hub, request: OrdersRequest, wait_s: float = 20.0) -> OrdersAnswer:
+        sent.set()
+        threading.Event().wait(0.3)  # it is on its way
+        return ask(hub, request, wait_s)
+
+    monkeypatch.setattr(Hub, "orders", slowly)
+    agent = start(house=House(Rules(accept="jobs"), executor="process"))
+    assert sent.wait(30)
+    agent.agent.stop()
+
+    assert agent.wait() == 0
+    until(lambda: not agent.agent._keeper._asking.is_alive(), "the end of its requests")
+    calls = [path for _, path in edge.calls]
+    assert "/leave" in calls
+    assert "/orders" not in calls[calls.index("/leave") :]
+
+
+def test_who_is_leaving_and_holds_nothing_asks_for_no_more_orders(edge: FakeHub, start: Any) -> None:
+    agent = start(house=PLAIN)
+    until(lambda: edge.orders)
+    keeper = agent.agent._keeper
+
+    keeper.leave()
+    late = python(edge, "print('it ran')")
+    edge.place(late)  # the waiting request is answered with it, and it is given back
+
+    assert report_of(edge, late).reason == "its worker is leaving"
+    until(lambda: not keeper._asking.is_alive(), "the end of its requests")
 
 
 def test_the_second_ctrl_c_leaves_at_once_and_takes_the_job_along(edge: FakeHub, start: Any, mark: str) -> None:

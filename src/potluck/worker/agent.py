@@ -32,7 +32,8 @@ from potluck.errors import PotluckError, VersionMismatch
 from potluck.protocol import HeartbeatRequest, Progress
 from potluck.worker.errands import Bench, Errands
 from potluck.worker.hardware import Machine, usable_cores
-from potluck.worker.jobs.keeper import House, Keeper
+from potluck.worker.jobs.house import House
+from potluck.worker.jobs.keeper import Keeper
 from potluck.worker.line import LONGEST_WAIT_S, GivenUp, Line
 from potluck.worker.membership import Credential, only_agent
 from potluck.worker.runners import COMMAND
@@ -315,6 +316,7 @@ class Agent:
             return self._exit
         self._closed.set()
         if not self._line.is_away:
+            self._keeper.be_quiet()
             hub.timeout_s = min(hub.timeout_s, 3.0)
             with contextlib.suppress(PotluckError):
                 hub.leave()

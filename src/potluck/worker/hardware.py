@@ -7,6 +7,8 @@ only if its own library answers.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import os
 import platform
 import shutil
@@ -75,6 +77,14 @@ def usable_cores() -> int:
     return max(1, min(cores, round(quota + 0.25))) if quota else cores
 
 
+@functools.cache
+def engines() -> list[str]:
+    """What gangs can be made of with this Python. It is only looked for: to import torch takes seconds and memory."""
+    if importlib.util.find_spec("torch") is None:
+        return []
+    return ["plain", *(["torchft"] if importlib.util.find_spec("torchft") is not None else [])]
+
+
 def usable_memory() -> int:
     """Bytes of memory: the machine's, or the container's limit if that is less."""
     total = int(psutil.virtual_memory().total)
@@ -129,6 +139,7 @@ class Machine:
             load=psutil.getloadavg()[0],
             gpus=self._gpus(pool),
             os={"darwin": "macos", "win32": "windows"}.get(sys.platform, "linux"),
+            engines=engines(),
             arch={"amd64": "x86_64", "aarch64": "arm64"}.get(platform.machine().lower(), platform.machine().lower()),
         )
 

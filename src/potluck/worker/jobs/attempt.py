@@ -3,6 +3,7 @@
     the project ─┐
     checkpoint  ─┼─► executor, image or environment ─► confirmed? ─► command ─► JobReport
     hub is told ─┘          everything up to here can be given up at any moment
+                            a gang's member (gangs.py): confirmed, and it is known where the gang meets
 
 It knows no hub: a `Side` fetches what it needs and hears how it goes (keeper.py for a hub's lease, local.py for
 `potluck run --local`). What the command leaves in its folders is collected by whoever ran the attempt.
@@ -24,11 +25,12 @@ from typing import Protocol, Self
 
 from potluck.errors import DiskFull, PotluckError
 from potluck.protocol import JobLease, JobProgress, JobReport, Json
-from potluck.worker.jobs import environments, executors
+from potluck.worker.jobs import environments, executors, gangs
 from potluck.worker.jobs.box import Box, Ended, clock
 from potluck.worker.jobs.builds import BuildStep, BuildStopped
 from potluck.worker.jobs.environments import Environment
 from potluck.worker.jobs.executors import Executor, Found, Running
+from potluck.worker.jobs.gangs import Member
 from potluck.worker.jobs.output import Output
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{7,62}")
@@ -122,7 +124,16 @@ def key_of(lease_id: str) -> str:
 class Attempt:
     """One attempt. `run` takes as long as the job; the other methods may be called from any thread."""
 
-    def __init__(self, lease: JobLease, *, folders: Folders, shop: Shop, side: Side, output: Output) -> None:
+    def __init__(
+        self,
+        lease: JobLease,
+        *,
+        folders: Folders,
+        shop: Shop,
+        side: Side,
+        output: Output,
+        member: Member | None = None,
+    ) -> None:
         self.lease = lease
         self.folders = folders
         self.until: float | None = None  # by box.clock(): the lease may have lapsed then
@@ -132,9 +143,10 @@ class Attempt:
         self._shop = shop
         self._side = side
         self._output = output
+        self._member = member  # of a gang
         self._lock = threading.Lock()
         self._off = threading.Event()
-        self._ending: tuple[str, str] | None = None  # the outcome and the reason that somebody decided on
+        self._ending: tuple[str, str, str] | None = None  # the outcome, reason and code that somebody decided on
         self._running: Running | None = None
         self._record: dict[str, Json] = {}
         self._executor = ""
@@ -142,16 +154,16 @@ class Attempt:
     def end(self, reason: str, grace_s: float, *, outcome: str) -> None:
         """SIGTERM, `grace_s`, SIGKILL; before the command, at once. The first reason counts, the shortest grace too."""
         with self._lock:
-            self._ending = self._ending or (outcome, reason)
+            self._ending = self._ending or (outcome, reason, "")
             self._off.set()
             running = self._running
         if running is not None:
             running.end(grace_s, reason)
 
-    def kill(self, reason: str, *, outcome: str = "returned") -> None:
+    def kill(self, reason: str, *, outcome: str = "returned", code: str = "") -> None:
         """Now."""
         with self._lock:
-            self._ending = self._ending or (outcome, reason)
+            self._ending = self._ending or (outcome, reason, code)
             self._off.set()
             running = self._running
         if running is not None:
@@ -163,8 +175,8 @@ class Attempt:
             with self._prepare() as ready:
                 report = self._report(self._execute(ready))
         except (Off, BuildStopped):
-            outcome, reason = self._ending or ("returned", "it was called off")
-            report = JobReport(outcome, reason=reason)
+            outcome, reason, code = self._ending or ("returned", "it was called off", "")
+            report = JobReport(outcome, reason=reason, code=code)
         except DiskFull as error:
             self._shop.say(f"{self.lease.name} is given back: {error}", True)
             report = JobReport("returned", reason=f"this machine's disk is full: {error}", code="disk")
@@ -182,6 +194,8 @@ class Attempt:
         lease, spec, side = self.lease, self.lease.spec, self._side
         side.tell(JobProgress("preparing"))
         self.folders.make()
+        if self._member is not None:
+            self._member.prepare()
         (self.cache / "shared").mkdir(parents=True, exist_ok=True)
         os.utime(self.cache)  # for whoever clears away what was not used for long
         executor = self._choose()
@@ -197,6 +211,7 @@ class Attempt:
             self._check()
             side.confirm(self.off)
             self._check()
+            self._meet()
         except BaseException:
             ready.__exit__(None, None, None)
             raise
@@ -236,6 +251,19 @@ class Attempt:
             )
         self._record = made.record
         return made
+
+    def _meet(self) -> None:
+        """A gang's member begins when it can be told where the others are."""
+        if self._member is None:
+            return
+        if not self._member.wait(0):
+            self._tell("waiting for the gang to meet")
+        while not self._member.wait(_BUILD_LOOK_S):
+            self._check()
+        trouble = self._member.trouble(clock())
+        if trouble is not None:
+            code, reason = trouble
+            raise _Given("failed", reason, code)
 
     def _tell(self, text: str) -> None:
         self._output.say(text)
@@ -281,6 +309,7 @@ class Attempt:
             memory_bytes=lease.memory_bytes,
             disk_bytes=lease.disk_bytes,
             network=spec.network,
+            host_network=lease.gang is not None,
             timeout_s=spec.timeout_s,
             grace_s=spec.grace_s,
         )
@@ -292,8 +321,11 @@ class Attempt:
             if ended is None or ended.exit_code is not None:
                 self.state = "running"
                 self._side.tell(JobProgress("running", executor=self._executor, environment=self._record))
-            while (ended := running.wait(_LOOK_S)) is None:
+            while (ended := running.wait(_LOOK_S if self._member is None else gangs.LOOK_S)) is None:
                 self.off()  # ends it if the hub was silent for too long
+                if self._member is not None and (trouble := self._member.trouble(clock())) is not None:
+                    code, reason = trouble
+                    self.kill(reason, outcome="failed", code=code)
         self.state = "ended"
         return ended
 
@@ -334,6 +366,10 @@ class Attempt:
             "POTLUCK_CHECKPOINT_DIR": str(folders.checkpoint),
             "POTLUCK_METRICS_DIR": str(folders.metrics),
         }
+        if self._member is not None:
+            ours |= self._member.variables()
+        elif spec.gang is not None:
+            ours |= gangs.alone(spec.gang)
         if lease.resume_from is not None:
             ours["POTLUCK_RESUME_FROM"] = str(folders.resume)
         if spec.timeout_s is not None:
@@ -343,7 +379,7 @@ class Attempt:
     def _report(self, ended: Ended) -> JobReport:
         outcome, reason, code = "exited", ended.reason, ended.code
         if self._ending is not None and ended.code in ("ended", "fenced"):
-            outcome, reason, code = self._ending[0], self._ending[1], ""
+            outcome, reason, code = self._ending
         elif ended.code == "fenced":
             outcome, reason, code = "returned", _SILENT, ""
         elif ended.code == "executor":

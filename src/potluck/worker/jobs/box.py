@@ -49,6 +49,7 @@ class Box:
     disk_bytes: int = 0  # that it may add to its folders; 0: no limit
     pids: int = PIDS  # processes and threads
     network: bool = True
+    host_network: bool = False  # the machine's own addresses and ports, in containers too: a gang's members are peers
     timeout_s: float | None = None  # wall clock from the start of the command
     grace_s: float = 30.0  # between SIGTERM and SIGKILL when a limit of time ends it
     interactive: bool = False

@@ -3,7 +3,7 @@
     <cache>/environments/<key>.json           the environment exists: its record, and the name of its folder
     <cache>/environments/<key>-<random>/env   its virtual environment, never changed after the record is there
     <cache>/environments/<key>.lock           the system's lock: exclusive while it is built or removed, shared while used
-    <cache>/job-api/<hash>/potluck/           what `import potluck` finds in a job: `potluck.log`, nothing else
+    <cache>/job-api/<hash>/potluck/           what `import potluck` finds in a job: `potluck.log` and `potluck.gang`
 
 The key is the hash of every file that decides what is installed, of the interpreter and of the platform. A build has a
 folder of its own, with a random name, and the record is renamed into place after everything is there: a crash leaves a
@@ -53,6 +53,12 @@ __all__ = [
     "run_plainly",
 ]
 
+JOB_API = (
+    *("__init__.py", "job.py", "errors.py"),
+    *("domain/__init__.py", "domain/balance.py", "domain/gangs.py", "domain/order.py", "domain/tensorfile.py"),
+    *("train/__init__.py", "train/tensorio.py"),
+)
+"""Of this package, what a job gets: all that train/gang imports. Standard library and torch, nothing else."""
 _FORMAT = "2"  # part of the key: raise it when environments are built differently
 _POLL_S = 0.1
 
@@ -176,20 +182,25 @@ def evict(cache: Path, keep_bytes: int) -> int:
 
 
 def job_path(cache: Path) -> Path:
-    """The folder that makes `import potluck` work in an environment without Potluck: the package with `log` alone."""
+    """The folder that makes `import potluck` work in an environment without Potluck: `potluck.log` and `potluck.gang`.
+
+    The latter finds torch in the environment, or says that it is missing.
+    """
     package = Path(potluck.__file__).parent
-    files = {name: (package / name).read_bytes() for name in ("__init__.py", "job.py")}
-    folder = cache / "job-api" / hashlib.sha256(b"\0".join(files.values())).hexdigest()[:16]
-    (folder / "potluck").mkdir(parents=True, exist_ok=True)
-    for place in (folder, folder / "potluck"):
-        place.chmod(0o755)  # whatever the umask is: the job may be another user
+    names = sorted({*JOB_API, *(f"train/gang/{path.name}" for path in (package / "train" / "gang").glob("*.py"))})
+    files = {name: (package / name).read_bytes() for name in names}
+    known = b"\0".join(part for name, content in files.items() for part in (name.encode(), content))
+    folder = cache / "job-api" / hashlib.sha256(known).hexdigest()[:16]
     for name, content in files.items():
         path = folder / "potluck" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file() or path.read_bytes() != content:
             part = folder / f"{secrets.token_hex(8)}.part"
             part.write_bytes(content)
             part.chmod(0o644)
             part.replace(path)
+    for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        place.chmod(0o755)  # whatever the umask is: the job may be another user
     return folder
 
 

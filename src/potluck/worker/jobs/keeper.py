@@ -3,6 +3,8 @@
     orders        one long-poll after the other; the answer brings leases, and jobs to end or to drop
     job-<lease>   a thread for each lease: attempt (attempt.py), then its end, durable (reports.py), then to the hub
     fence         an attempt whose last answered request is older than the job's patience ends itself (Attempt.off)
+    gangs         the hub asks whom we can reach (door.py) and says where a gang meets, or that it shall meet here
+                  (gangs.py); what came of it goes with the next request, which waits a moment for it
 
 A lease is begun once: `_seen` remembers each. It is in `holding` until the hub has answered for its end, also across a
 restart of the agent. While a job is here the pool's lane holds; `quiet` says when it has let go of the machine.
@@ -14,18 +16,21 @@ import contextlib
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from potluck.blobs import BlobStore
 from potluck.client import Hub
 from potluck.errors import DiskFull, NotFound, NotKnown, PotluckError
-from potluck.protocol import End, JobLease, JobReport, MachineNow, OrdersAnswer, OrdersRequest, Rules
+from potluck.protocol import End, JobLease, JobReport, MachineNow, OrdersAnswer, OrdersRequest
 from potluck.telemetry import clean
+from potluck.worker.door import Porter
 from potluck.worker.jobs import environments, executors, reports
 from potluck.worker.jobs.attempt import Attempt, Folders, Shop, key_of
 from potluck.worker.jobs.box import clock
+from potluck.worker.jobs.gangs import Member
+from potluck.worker.jobs.house import LEAVING, House, refuse
 from potluck.worker.jobs.hubside import HubSide
 from potluck.worker.jobs.output import Output
 from potluck.worker.jobs.walking import remove_tree, size_of
@@ -34,18 +39,11 @@ from potluck.worker.line import GivenUp, Line
 ORDERS_WAIT_S = 20.0
 EARLY_S = 1.0
 """An answer without news that comes this early, again and again, is a hub that does not wait: then we do."""
+NEWS_S = 1.0
+"""A request waits so long for what the hub asked to know: else that would go with the next one, up to 20 s later."""
+ARRIVES_S = 1.0
+"""Whatever was sent so long ago has arrived, or never will."""
 TRIM_EVERY_S = 60.0
-LEAVING = "its worker is leaving"
-
-
-@dataclass(frozen=True)
-class House:
-    """What the owner of this machine has decided."""
-
-    rules: Rules = field(default_factory=Rules)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    executor: str = ""  # the only one to use; empty: the best that works
-    owner: str = ""  # the person who claimed the machine, as the hub calls them; empty: nobody
 
 
 @dataclass
@@ -57,6 +55,7 @@ class _Here:
     side: HubSide
     output: Output
     until: float  # the lease lapses then, by box.clock()
+    member: Member | None = None  # of a gang
     is_over: bool = False  # its command has ended; its end is on the way
     is_dropped: bool = False
 
@@ -96,6 +95,10 @@ class Keeper:
         self._kept: dict[str, threading.Event] = {}  # ends on their way, by lease: set when it was dropped
         self._seen: deque[str] = deque(maxlen=10_000)
         self._leaving = threading.Event()
+        self._asked_at = 0.0
+        self._asking: threading.Thread | None = None
+        self._porter: Porter | None = None
+        self._news = threading.Condition()
         self._shop = Shop([], house.rules.runtime, house.executor, home / "shared", say)
         self._trimming = threading.Lock()
         self._trim_at = 0.0
@@ -112,12 +115,17 @@ class Keeper:
                 self._kept[kept.lease_id] = gone = threading.Event()
                 self._seen.append(kept.lease_id)
                 _thread(f"job-{folder.name[:8]}", self._hand_in_again, folder, kept, gone)
-        _thread("orders", self._work)
+        if self._house.rules.accept != "pool":
+            try:
+                self._porter = Porter(self._on_news)
+            except OSError as error:
+                self._say(f"this worker takes part in no gang: it can have no port ({error})", True)
+        self._asking = _thread("orders", self._work)
 
     def leave(self) -> None:
         """Begin nothing new; let what runs write its checkpoint and end; the hub gives it to somebody else."""
-        self._leaving.set()
         with self._lock:
+            self._leaving.set()
             running = [here for here in self._here.values() if not here.is_over]
         for here in running:
             here.attempt.end(LEAVING, here.lease.spec.grace_s, outcome="returned")
@@ -129,6 +137,18 @@ class Keeper:
             running = [here for here in self._here.values() if not here.is_over]
         for here in running:
             here.attempt.kill("its worker left at once")
+        if self._porter is not None:
+            self._porter.close()
+
+    def be_quiet(self) -> None:
+        """After this no request of ours arrives at the hub any more: one that came after our goodbye would undo it.
+
+        To be called when the line is closed, or when we are leaving and idle: then no other begins.
+        """
+        with self._lock:
+            asked_at = self._asked_at
+        if self._asking is not None:
+            self._asking.join(max(0.0, asked_at + ARRIVES_S - clock()))
 
     def is_idle(self) -> bool:
         """Nothing runs and everything is answered for."""
@@ -198,6 +218,7 @@ class Keeper:
     def _ask_for_ever(self) -> None:
         idle, refused = 0, ""
         while not self._line.closed.is_set():
+            self._wait_for_news()
             begun, wait_s = clock(), self._wait_s()
             try:
                 sent_at, held, answer = self._ask(wait_s)
@@ -221,19 +242,42 @@ class Keeper:
                 return
 
     def _wait_s(self) -> float:
-        """Never so long that a short patience could end within it."""
+        """Never so long that a short patience could end within it, or that what the hub asked to know would wait."""
+        longest = NEWS_S if self._has_news_to_come() else ORDERS_WAIT_S
         with self._lock:
-            return min([ORDERS_WAIT_S, *(max(0.2, here.lease.ttl_s / 3) for here in self._here.values())])
+            return min([longest, *(max(0.2, here.lease.ttl_s / 3) for here in self._here.values())])
+
+    def _wait_for_news(self) -> None:
+        with self._news:
+            self._news.wait_for(lambda: self._line.closed.is_set() or not self._has_news_to_come(), NEWS_S)
+
+    def _on_news(self) -> None:
+        with self._news:
+            self._news.notify_all()
+
+    def _has_news_to_come(self) -> bool:
+        if self._porter is not None and self._porter.is_out:
+            return True
+        with self._lock:
+            members = [here.member for here in self._here.values() if here.member is not None]
+        return any(member.is_opening for member in members)
 
     def _ask(self, wait_s: float) -> tuple[float, list[str], OrdersAnswer]:
-        """The answer, with when it was asked for and what we held then."""
+        """The answer, with when it was asked for and what we held then. GivenUp if we are leaving and hold nothing."""
         sent_at, held = 0.0, list[str]()
 
         def ask(hub: Hub) -> OrdersAnswer:
             nonlocal sent_at, held
             request = self._request()
-            sent_at, held = clock(), request.holding
-            return hub.orders(request, wait_s)
+            with self._lock:
+                if self._line.closed.is_set() or (self._leaving.is_set() and not request.holding):
+                    raise GivenUp
+                self._asked_at = sent_at = clock()
+            held = request.holding
+            answer = hub.orders(request, wait_s)
+            if self._porter is not None:
+                self._porter.told(request.reached)
+            return answer
 
         # A hub that was away must be found again well within the patience of the jobs that are here.
         answer = self._line.call(ask, refusal=NotKnown, longest_wait_s=max(0.2, wait_s / 2))
@@ -245,10 +289,22 @@ class Keeper:
             rules = replace(rules, accept="pool")
         with self._lock:
             holding = [*self._here, *self._kept]
+            members = [here.member for here in self._here.values() if here.member is not None and not here.is_over]
+        porter = self._porter if rules.accept != "pool" else None
         works = [found.name for found in self._shop.found if found.works]
         if self._house.executor:
             works = [name for name in works if name == self._house.executor]
-        return OrdersRequest(self.agent, holding, self._machine(), rules, works, dict(self._house.labels))
+        return OrdersRequest(
+            self.agent,
+            holding,
+            self._machine(),
+            rules,
+            works,
+            dict(self._house.labels),
+            door=porter.door if porter is not None else None,
+            reached=porter.found() if porter is not None else [],
+            meetings=[member.meeting() for member in members],
+        )
 
     def _take(self, answer: OrdersAnswer, sent_at: float, held: list[str]) -> bool:
         """Do what the hub says. Was there anything new in it?"""
@@ -263,6 +319,13 @@ class Keeper:
             news |= self._end(end)
         for lease in answer.leases:
             news |= self._begin(lease)
+        for order in answer.meet:
+            with self._lock:
+                here = self._here.get(order.lease_id)
+            if here is not None and here.member is not None and not here.is_over:
+                news |= here.member.order(order)
+        if self._porter is not None and not self._leaving.is_set():
+            news |= self._porter.knock(answer.knock)
         return news
 
     def _drop(self, lease_id: str) -> bool:
@@ -294,7 +357,7 @@ class Keeper:
             if lease.id in self._seen:
                 return False
             self._seen.append(lease.id)
-            at_work = sum(not here.is_over for here in self._here.values())
+            at_work = sum(not (here.is_over or here.is_dropped) for here in self._here.values())
             leaving = self._leaving.is_set()
             here = self._here[lease.id] = self._new(lease)
         refusal = refuse(lease, self._house, at_work=at_work, leaving=leaving)
@@ -319,9 +382,18 @@ class Keeper:
             say=lambda text: output.say(text),
         )
         output = Output(folders.root / "output.log", side.send_log, secrets=lease.secrets.values())
-        attempt = Attempt(lease, folders=folders, shop=self._shop, side=side, output=output)
+        member = None
+        if lease.gang is not None:
+            member = Member(
+                lease,
+                root=folders.root,
+                scratch=folders.scratch,
+                until=lambda: attempt.until,
+                on_news=self._on_news,
+            )
+        attempt = Attempt(lease, folders=folders, shop=self._shop, side=side, output=output, member=member)
         attempt.until = clock() + lease.ttl_s
-        here = _Here(lease, attempt, side, output, attempt.until)
+        here = _Here(lease, attempt, side, output, attempt.until, member)
         return here
 
     def _live(self, here: _Here, run: Callable[[], JobReport]) -> None:
@@ -329,6 +401,8 @@ class Keeper:
         lease, folders, output = here.lease, here.attempt.folders, here.output
         try:
             report = run()
+            if here.member is not None:
+                here.member.close()
             if report.reason and (report.outcome != "exited" or report.signal):
                 output.say(report.reason)
             output.close()
@@ -410,22 +484,6 @@ class Keeper:
                 if sum(sizes.values()) > self._cache_bytes and person.name not in in_use:
                     remove_tree(person / "shared")
                     sizes[person] = 0
-
-
-def refuse(lease: JobLease, house: House, *, at_work: int, leaving: bool) -> str:
-    """Why this machine's owner does not allow this lease, whatever the hub thinks; empty: welcome."""
-    rules = house.rules
-    if leaving:
-        return LEAVING
-    if rules.accept == "pool":
-        return "this worker's owner lets it work for pool runs only"
-    if rules.whose == "me" and not lease.owns_worker:
-        return "this worker's owner lets it run their own jobs only"
-    if rules.whose == "me" and house.owner and house.owner not in (lease.owner, lease.owner_name):
-        return f"this worker belongs to {house.owner}, and the job to {lease.owner_name}"
-    if at_work >= max(1, rules.max_tasks):
-        return f"this worker's owner lets it run {rules.max_tasks} at once, and it does already"
-    return ""
 
 
 def in_words(report: JobReport) -> str:

@@ -40,7 +40,7 @@ READ_ENV_AND_BECOME = 'eval "$(cat)"; exec "$@" </dev/null'
 READ_ENV_AND_RUN = 'eval "$(cat)"; "$@" </dev/null; exit $?'
 
 # What a container stops of the attempts of tests/security/escape_kit.py. Who shares the machine's network with a job that
-# may use one (bubblewrap, apptainer) does not stop REACHES_THE_MACHINE.
+# may use one (bubblewrap, apptainer, and every container of a gang's member) does not stop REACHES_THE_MACHINE.
 REACHES_THE_MACHINE = frozenset({"localhost_with_network", "abstract_with_network"})
 CONTAINED = REACHES_THE_MACHINE | frozenset(
     {

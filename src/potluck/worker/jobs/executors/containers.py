@@ -81,7 +81,8 @@ class ContainerEngine(Executor):
         argv += ["--cpus", f"{box.cpu:g}"] if box.cpu > 0 else []
         argv += ["--oom-score-adj", "500", *ulimits(), "--ulimit", "core=0:0"]
         argv += ["--ulimit", f"fsize={box.disk_bytes}:{box.disk_bytes}"] if box.disk_bytes else []
-        argv += [] if box.network else ["--network", "none"]
+        if not box.network or box.host_network:
+            argv += ["--network", "host" if box.network else "none"]
         for folder in ("/tmp", "/var/tmp"):
             argv += ["--tmpfs", f"{folder}:rw,exec,mode=1777,size={tmp}"]
         argv += ["--shm-size", str(tmp), "--workdir", str(box.work), "--entrypoint", ""]
