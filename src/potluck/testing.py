@@ -31,7 +31,7 @@ import psutil
 from potluck.client import Hub, project
 from potluck.domain.job import ENDED, JobSpec
 from potluck.errors import PotluckError, TimedOut
-from potluck.protocol import Fates, InviteRequest, JobRequest, JobView, RunView
+from potluck.protocol import Blob, Fates, GangRequest, GangView, InviteRequest, JobRequest, JobView, RunView
 
 
 @dataclass(frozen=True)
@@ -273,13 +273,15 @@ class LocalCluster:
 
     def submit(self, spec: JobSpec, files: dict[str, str] | None = None) -> str:
         """Submit a job with these files (path: text) as its project; its id."""
+        return self.hub.submit(JobRequest(spec, self._project(files or {}))).id
+
+    def _project(self, files: dict[str, str]) -> Blob:
         folder = self.folder / "projects" / f"{len(list(self.folder.glob('projects/*')))}"
         folder.mkdir(parents=True)
-        for path, text in (files or {}).items():
+        for path, text in files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(text)
-        tree = self.hub.upload_tree(folder, project.pack(folder))
-        return self.hub.submit(JobRequest(spec, tree)).id
+        return self.hub.upload_tree(folder, project.pack(folder))
 
     def job(self, ref: str) -> JobView:
         return self.hub.job(ref)
@@ -300,6 +302,41 @@ class LocalCluster:
         while (piece := self.hub.log(ref, attempt=attempt, offset=offset)).next_offset > offset:
             text, offset = text + piece.text, piece.next_offset
         return text
+
+    # --- gangs --------------------------------------------------------------------------------------------------
+
+    def gang(self, spec: JobSpec, files: dict[str, str] | None = None) -> str:
+        """Submit a gang (`spec.gang` says how many machines) with these files as its project; its id.
+
+        The retries are the spec's: a `potluck run --gang` asks for those of `GANG_USUAL`.
+        """
+        return self.hub.submit_gang(GangRequest(spec, self._project(files or {}))).id
+
+    def gang_is(self, ref: str, state: str, *, timeout_s: float = 90) -> GangView:
+        """The gang, once it is in `state`."""
+        self.until(lambda: self.hub.gang(ref).state == state, timeout_s=timeout_s, what=f"{ref} to be {state}")
+        return self.hub.gang(ref)
+
+    def gang_has(self, ref: str, members: int, *, state: str = "running", timeout_s: float = 90) -> GangView:
+        """The gang, once so many of its members are in `state`."""
+        self.until(
+            lambda: sum(member.state == state for member in self.hub.gang(ref).members) >= members,
+            timeout_s=timeout_s,
+            what=f"{members} members of {ref} to be {state}",
+        )
+        return self.hub.gang(ref)
+
+    def gang_ends(self, ref: str, *, timeout_s: float = 180) -> GangView:
+        """The gang, once it has ended."""
+        self.until(lambda: self.hub.gang(ref).state in ENDED, timeout_s=timeout_s, what=f"the end of {ref}")
+        return self.hub.gang(ref)
+
+    def gang_output(self, ref: str) -> dict[int, str]:
+        """What each member's newest attempt has written so far, by the member's number."""
+        members = [member for member in self.hub.gang(ref).members if member.worker]
+        return {member.member: self.output(member.job) for member in members}
+
+    # --- faults -------------------------------------------------------------------------------------------------
 
     def play(self, run: str, plan: FaultPlan) -> threading.Thread:
         """Carry a plan out in the background. Join the thread to know that everything in it has happened."""

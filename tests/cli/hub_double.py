@@ -12,17 +12,20 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from potluck.blobs import hash_bytes
-from potluck.domain.job import JobSpec
+from potluck.domain.job import GangSpec, JobSpec
 from potluck.protocol import (
     AttemptView,
     Blob,
     Contribution,
     Dataset,
     Fates,
+    GangView,
     Hardware,
     HubInfo,
     JobView,
+    Link,
     LogPiece,
+    MemberView,
     Missing,
     RecipeRef,
     RunView,
@@ -113,6 +116,50 @@ def make_job(name: str = "tiny", id_: str = "tiny-k3f2", **changes: Any) -> JobV
     return JobView(**(values | changes))
 
 
+def make_member(number: int = 1, gang: str = "faces-g1", **changes: Any) -> MemberView:
+    values: dict[str, Any] = {
+        "job": f"{gang}-{number}",
+        "member": number,
+        "state": "running",
+        "reason": "",
+        "worker": f"lab-{number}",
+        "address": f"10.0.0.{number}",
+    }
+    return MemberView(**(values | changes))
+
+
+def make_gang(name: str = "faces", id_: str = "faces-g1", **changes: Any) -> GangView:
+    """Of two to three machines, two of which train."""
+    values: dict[str, Any] = {
+        "id": id_,
+        "name": name,
+        "owner": "ada",
+        "state": "running",
+        "reason": "2 machines",
+        "mine": True,
+        "least": 2,
+        "most": 3,
+        "engine": "plain",
+        "created_at": "2026-01-01T11:00:00+00:00",
+        "started_at": "2026-01-01T11:00:02+00:00",
+        "ended_at": None,
+        "exit_code": None,
+        "host": "lab-1",
+        "members": [
+            make_member(1, id_, rank=0, share=48, samples_per_s=75.0, alone_per_s=80.0),
+            make_member(2, id_, rank=1, share=16, samples_per_s=25.0, alone_per_s=30.0),
+            make_member(3, id_, state="queued", reason="no machine is free", worker="", address=""),
+        ],
+        "spec": JobSpec(["python", "train.py"], name=name, gang=GangSpec(2, 3, batch=64)),
+    }
+    return GangView(**(values | changes))
+
+
+def make_link(source: str, target: str, address: str = "10.0.0.9", reason: str = "", **changes: Any) -> Link:
+    values: dict[str, Any] = {"rtt_s": 0.0004, "bytes_per_s": 112e6, "seconds_ago": 12.0}
+    return Link(**({"source": source, "target": target, "address": address, "reason": reason} | values | changes))
+
+
 def make_worker(name: str = "lab-1", **changes: Any) -> WorkerView:
     values: dict[str, Any] = {
         "id": f"w-{name}",
@@ -130,6 +177,21 @@ def make_worker(name: str = "lab-1", **changes: Any) -> WorkerView:
         "units": 0,
     }
     return WorkerView(**(values | changes))
+
+
+def job_of(gang: GangView, member: MemberView) -> JobView:
+    began = [make_attempt(worker=member.worker, state=member.state, reason=member.reason)] if member.worker else []
+    return make_job(
+        f"{gang.name}·{member.member}",
+        member.job,
+        state=member.state,
+        reason=member.reason,
+        worker=member.worker,
+        gang=gang.id,
+        member=member.member,
+        attempts=began,
+        created_at=gang.created_at,
+    )
 
 
 class HubDouble:
@@ -182,7 +244,8 @@ class HubDouble:
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        self.routes["GET", "/runs"] = self.routes["GET", "/jobs"] = lambda _: []
+        for path in ("/runs", "/jobs", "/gangs", "/links"):
+            self.routes["GET", path] = lambda _: []
         self.routes["GET", "/hub"] = lambda _: HubInfo("Lab", "0.1.0", 1, 1, "2026-01-01T10:00:00+00:00")
 
     def knows(self, *runs: RunView) -> None:
@@ -198,6 +261,18 @@ class HubDouble:
             for ref in (job.id, job.name, "last"):
                 self.routes["GET", f"/jobs/{ref}"] = lambda _, job=job: job
             self.routes["GET", f"/runs/{job.id}/events"] = lambda _: []
+
+    def knows_gangs(self, *gangs: GangView) -> None:
+        """They are listed, and found by id and name; `last` is the first of them. Their members are jobs."""
+        self.routes["GET", "/gangs"] = lambda _: list(gangs)
+        for gang in reversed(gangs):
+            for ref in (gang.id, gang.name, "last"):
+                self.routes["GET", f"/gangs/{ref}"] = lambda _, gang=gang: gang
+            self.routes["GET", f"/gangs/{gang.id}/wait"] = lambda _, gang=gang: gang
+            self.routes["GET", f"/runs/{gang.id}/events"] = lambda _: []
+            for member in gang.members:
+                job = job_of(gang, member)
+                self.routes["GET", f"/jobs/{job.id}"] = lambda _, job=job: job
 
     def prints(self, job: JobView, attempt: int, text: str) -> None:
         """The attempt has ended and printed this; it comes in the pieces that were asked for."""

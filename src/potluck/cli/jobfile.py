@@ -45,7 +45,13 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
     "timeout": ("timeout",),
     "grace": ("grace",),
     "procs": ("procs",),
+    "gang": ("gang", "members"),
+    "gang_batch": ("gang", "batch"),
+    "gang_policy": ("gang", "policy"),
+    "gang_engine": ("gang", "engine"),
+    "gang_compat": ("gang", "compat"),
 }
+NAMES: Mapping[str, str] = {"gang_batch": "--batch"}  # of a flag that is called otherwise
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,11 @@ class JobFile:
 
     def with_flags(self, flags: JobFile) -> JobFile:
         """Both together: a flag wins, a variable or label wins over the one of its name, secrets add up."""
-        values = _merged(self.values, flags.values)
-        return JobFile(self.path, values, {**self.origins, **flags.origins})
+        values = _merged(_whole_gang(self.values), flags.values)
+        origins = {**self.origins, **flags.origins}
+        if ("gang",) in origins:
+            origins.setdefault(("gang", "members"), origins["gang",])
+        return JobFile(self.path, values, origins)
 
     def spec(self) -> domain.JobSpec:
         """The job. BadInput says where the value stands that does not fit."""
@@ -71,14 +80,18 @@ class JobFile:
     def _blame(self, error: BadInput) -> BadInput:
         """The same error with the place of the value that causes it: the one that is refused also when it is alone."""
         for where, value in _leaves(self.values):
+            alone = _nested(where, value)
+            if where[0] == "gang" and len(where) > 1:  # without its members no gang is right
+                alone = {"gang": {"members": 2} | alone["gang"]}
             try:
-                domain.from_mapping({"command": ["true"]} | _nested(where, value))
+                domain.from_mapping({"command": ["true"]} | alone)
             except BadInput as own:
                 origin = self.origins.get(where) or self.origins.get(where[:-1])
                 return type(own)(f"{origin}: {own}" if origin else str(own))
         # Only together they are wrong, like an image and requirements: the sentence begins with one of them.
-        first = re.match(r"[a-z_]*", str(error))
-        origin = self.origins.get((first[0],)) if first else None
+        first = re.match(r"([a-z_]*)(?:: ([a-z_]+))?", str(error))
+        keys = tuple(key for key in first.groups() if key) if first else ()
+        origin = self.origins.get(keys) or self.origins.get(keys[:1])
         return type(error)(f"{origin or self.path}: {error}" if origin or self.path else str(error))
 
 
@@ -94,6 +107,12 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
         elif not isinstance(value, dict | list) or old is None or key == "command":
             values[key] = value  # else: the file has something else there, which is refused with its line
     return values
+
+
+def _whole_gang(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`gang: 2..8` as the mapping that it is short for, so that flags can go into it."""
+    gang = values.get("gang")
+    return values if gang is None or isinstance(gang, dict | list) else {**values, "gang": {"members": gang}}
 
 
 def _leaves(values: Mapping[str, Any], above: Where = ()) -> Iterator[tuple[Where, Any]]:
@@ -130,7 +149,7 @@ def read_flags(given: Mapping[str, Any], command: tuple[str, ...]) -> JobFile:
 
     for name, where in FLAGS.items():
         if given.get(name) is not None:
-            put(where, given[name], f"--{name.replace('_', '-')}")
+            put(where, given[name], NAMES.get(name) or f"--{name.replace('_', '-')}")
     for pair in given.get("env", ()):
         key, value = _variable(pair)
         put(("env", key), value, f"--env {key}")
@@ -259,8 +278,9 @@ class _Reader:
 
     def _hint(self, key: str, known: Mapping[str, Any], where: Where) -> str:
         resources = _below(_keys(), "resources")
-        if not where and resources and key in resources:
-            return f" here: it belongs below `resources:`, as `resources: {{{key}: …}}`"
+        for above in ("resources", "gang") if not where else ():
+            if key in (_below(_keys(), above) or {}):
+                return f" here: it belongs below `{above}:`, as `{above}: {{{key}: …}}`"
         if where and key in _keys():
             return " here: it belongs one level up, to the left"
         near = difflib.get_close_matches(key.lower().replace("-", "_"), list(known), n=1, cutoff=0.5)

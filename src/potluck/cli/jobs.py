@@ -43,7 +43,7 @@ def print_job(hub: Hub, job: JobView) -> None:
         output.say()
         print_attempts(job.attempts)
     if job.mine:
-        print_events(hub, job)
+        print_events(hub, job.id)
     if any(attempt.outputs for attempt in job.attempts):
         output.say()
         print_artefacts(hub, job)
@@ -132,9 +132,9 @@ def print_attempts(attempts: list[AttemptView]) -> None:
     output.print_table(columns, rows, right=("ATTEMPT", "TIME", "CPU", "MEMORY"))
 
 
-def print_events(hub: Hub, job: JobView) -> None:
+def print_events(hub: Hub, run_id: str) -> None:
     """Each change of its state: when, why, by whom."""
-    events = [event for event in hub.events(run_id=job.id) if event.kind != "job.points"]
+    events = [event for event in hub.events(run_id=run_id) if event.kind != "job.points"]
     if events:
         output.say()
         rows = [(clock(event.at), event.kind, event.text, event.actor) for event in events[-MOST_EVENTS:]]

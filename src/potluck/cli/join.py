@@ -105,7 +105,7 @@ def _work(
     from potluck.client import Hub
     from potluck.protocol import Rules
     from potluck.worker.agent import Agent, AgentSettings
-    from potluck.worker.jobs.keeper import House
+    from potluck.worker.jobs.house import House
 
     with Hub(credential.hub, credential.token, credential.fingerprint) as hub:
         trusted = any(worker.trusted for worker in hub.workers() if worker.id == credential.worker_id)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from potluck.cli.follow import Connect
-from potluck.cli.options import find_job, hub_options, timeout_option
+from potluck.cli.options import find_work, hub_options, timeout_option
 from potluck.cli.watch import Printer, Watch, exit_code, left, newest_attempt
 from potluck.domain.job import ENDED
 from potluck.errors import BadInput, NotFound
@@ -22,13 +22,14 @@ LINE_BYTES = 160  # a guess, to begin reading near the last lines
 MOST_BYTES = 1 << 20  # in one request
 
 
-@click.command("logs", epilog="JOB is an id or its beginning, a name, or `last`.")
+@click.command("logs", epilog="JOB is a job or a gang: an id or its beginning, a name, or `last`.")
 @click.argument("ref", metavar="JOB")
 @click.option("--follow", "-f", "live", is_flag=True, help="Go on until the job has ended, with its own exit code.")
 @click.option("--tail", type=click.IntRange(min=0), metavar="N", help="Begin with the last N lines.")
 @click.option("--offset", type=click.IntRange(min=0), metavar="BYTES", help="Begin behind so many bytes.")
 @click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Of the Nth attempt, not of the newest.")
 @click.option("--since-start", is_flag=True, help="All attempts, from the first one on.")
+@click.option("--member", type=click.IntRange(min=1), metavar="K", help="Of a gang only the Kth member.")
 @timeout_option("With --follow: stop watching")
 @hub_options
 def logs_command(
@@ -39,6 +40,7 @@ def logs_command(
     offset: int | None,
     attempt: int | None,
     since_start: bool,
+    member: int | None,
     timeout: float | None,
 ) -> int:
     """Print what a job printed; with -f as it happens."""
@@ -50,8 +52,20 @@ def logs_command(
         raise BadInput(f"{' and '.join(given)} each say where to begin: take one of them")
     if since_start and attempt is not None:
         raise BadInput("--since-start shows all attempts and --attempt one of them: take one of the two")
+    from potluck.protocol import GangView
+
     with connect() as hub:
-        job = find_job(hub, ref)
+        job = find_work(hub, ref)
+        if isinstance(job, GangView):
+            from potluck.cli.gang import gang_logs, member_job
+
+            if member is None:
+                if offset is not None or since_start or attempt is not None:
+                    raise BadInput(f"{job.id} is a gang: which member? Say --member 1, or leave the rest out")
+                return gang_logs(hub, job, tail=tail, follows=live, timeout_s=timeout)
+            job = member_job(hub, job, member)
+        elif member is not None:
+            raise BadInput(f"--member is for gangs, and {job.id} is a job")
         first = 1 if since_start else attempt or max(1, newest_attempt(job))
         if attempt is not None and attempt > newest_attempt(job):
             raise NotFound(f"{job.id} has {_attempts(job)}, and no attempt {attempt}")

@@ -14,13 +14,13 @@ from potluck.errors import BadInput, NotFound
 
 if TYPE_CHECKING:
     from potluck.client import Hub
-    from potluck.protocol import JobView, RunView, WorkerView
+    from potluck.protocol import GangView, JobView, RunView, WorkerView
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Named(Protocol):
-    """What a run of the pool and a job have in common."""
+    """What a run of the pool, a job and a gang have in common."""
 
     @property
     def id(self) -> str: ...
@@ -30,7 +30,13 @@ class Named(Protocol):
     def created_at(self) -> str: ...
 
 
+class Owned(Named, Protocol):
+    @property
+    def mine(self) -> bool: ...
+
+
 N = TypeVar("N", bound=Named)
+M = TypeVar("M", bound=Owned)
 MANY_JOBS = 500  # as many of the newest are searched by name here; the hub knows all of them
 
 
@@ -128,26 +134,93 @@ def find_job(hub: Hub, ref: str) -> JobView:
     except NotFound:
         if run := _exactly(hub.runs(), ref):
             raise BadInput(f"`{ref}` is a run of the pool, and this is for jobs: `potluck show {run.id}`") from None
+        if gang := _exactly(gangs_of(hub), ref):
+            raise BadInput(
+                f"`{ref}` is a gang, and this is for jobs: `potluck show {gang.id}` lists its members, which are jobs"
+            ) from None
         jobs = hub.jobs(MANY_JOBS)
         if not jobs:
             raise NotFound("this hub has no jobs yet: submit one with `potluck run -- COMMAND`") from None
         return hub.job(choose_run(jobs, ref).id)  # also by the beginning of its name; or says which is nearest
 
 
-def find_either(hub: Hub, ref: str) -> RunView | JobView:
-    """The run of the pool or the job that `ref` names; `last` is the newest of both, other people's jobs aside."""
-    from potluck.protocol import JobView
+def gangs_of(hub: Hub, limit: int = MANY_JOBS) -> list[GangView]:
+    """The newest gangs; none at a hub that is older than gangs."""
+    try:
+        return hub.gangs(limit)
+    except NotFound:
+        return []
+
+
+def find_gang(hub: Hub, ref: str) -> GangView:
+    """The gang that `ref` names; `last` is the newest one."""
+    try:
+        return hub.gang(ref)
+    except NotFound:
+        if job := _exactly(hub.jobs(MANY_JOBS), ref):
+            raise BadInput(f"`{ref}` is a job, and this is for gangs: `potluck show {job.id}`") from None
+        gangs = gangs_of(hub)
+        if not gangs:
+            raise NotFound(
+                "this hub has no gangs yet: start one with `potluck run --gang 2..8 -- python train.py`"
+            ) from None
+        return hub.gang(choose_run(gangs, ref).id)
+
+
+def find_work(hub: Hub, ref: str) -> JobView | GangView:
+    """The job or the gang that `ref` names; `last` is the newest of both."""
+    try:
+        return _job_or_gang(hub, ref)
+    except NotFound:
+        return find_job(hub, ref)
+
+
+def find_either(hub: Hub, ref: str) -> RunView | JobView | GangView:
+    """The run of the pool, the job or the gang that `ref` names; `last` is the newest, other people's work aside."""
+    from potluck.protocol import GangView, JobView
 
     runs = hub.runs()
     if ref != "last":
         if run := _exactly(sorted(runs, key=lambda run: run.created_at, reverse=True), ref):
             return run
         with suppress(NotFound):
-            return hub.job(ref)
-    jobs = hub.jobs(MANY_JOBS)
-    known: list[RunView | JobView] = [*runs, *([job for job in jobs if job.mine] or jobs)]
+            return _job_or_gang(hub, ref)
+    jobs = [job for job in hub.jobs(MANY_JOBS) if not job.gang]
+    gangs = gangs_of(hub)
+    known: list[RunView | JobView | GangView] = [*runs, *_mine(jobs), *_mine(gangs)]
     found = choose_run(known, ref)
+    if isinstance(found, GangView):
+        return hub.gang(found.id)
     return hub.job(found.id) if isinstance(found, JobView) else found
+
+
+def _mine(found: list[M]) -> list[M]:
+    return [one for one in found if one.mine] or found
+
+
+def _job_or_gang(hub: Hub, ref: str) -> JobView | GangView:
+    """What the hub finds. By id, then by name, then by the front of an id; of the same rank the newer one."""
+    from potluck.protocol import GangView, JobView
+
+    found: list[JobView | GangView] = []
+    asked: list[Callable[[str], JobView | GangView]] = [hub.gang, hub.job]
+    for ask in asked:
+        with suppress(NotFound):
+            found.append(ask(ref))
+    if not found:
+        raise NotFound(f"no job or gang `{ref}`")
+    if len(found) == 1:
+        return found[0]
+    gang, job = found
+    assert isinstance(gang, GangView) and isinstance(job, JobView)
+    ranks = [2 if ref == one.id else 1 if ref in (one.name, "last") else 0 for one in found]
+    if job.gang == gang.id and ranks[1] < 2 and ref != job.name:
+        return gang  # a member's id may begin as its gang's
+    if ranks == [0, 0]:
+        raise BadInput(f"`{ref}` could be the gang {gang.id} or the job {job.id}: write a little more of it")
+    if ranks[0] == ranks[1]:
+        return gang if gang.created_at >= job.created_at else job
+    return gang if ranks[0] > ranks[1] else job
 
 
 def find_worker(hub: Hub, ref: str) -> WorkerView:

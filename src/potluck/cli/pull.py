@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from potluck.blobs import hash_file
 from potluck.cli import output
 from potluck.cli.follow import Connect
-from potluck.cli.options import find_job, hub_options, json_option
+from potluck.cli.options import find_work, hub_options, json_option
 from potluck.errors import BadInput, Conflict, NotFound
 from potluck.telemetry import clean
 
 if TYPE_CHECKING:
-    from potluck.protocol import Tree
+    from potluck.client import Hub
+    from potluck.protocol import GangView, Tree
 
 MOST_NAMES = 5
 
 
 @click.command(
-    "pull", epilog="JOB is an id or its beginning, a name, or `last`. PATH is a file, a folder or like '*.pt'."
+    "pull",
+    epilog="JOB is a job or a gang: an id or its beginning, a name, or `last`. PATH is a file, a folder or like '*.pt'.",
 )
 @click.argument("ref", metavar="JOB")
 @click.argument("path", metavar="[PATH]", required=False, default="")
@@ -37,6 +39,7 @@ MOST_NAMES = 5
     help="The artefacts, the code as it was sent, or the newest checkpoint.",
 )
 @click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Of the Nth attempt, not of the newest.")
+@click.option("--member", type=click.IntRange(min=1), metavar="K", help="Of a gang only the Kth member.")
 @click.option("--force", is_flag=True, help="Overwrite files that are different here.")
 @json_option
 @hub_options
@@ -47,24 +50,73 @@ def pull_command(
     folder: str | None,
     what: str,
     attempt: int | None,
+    member: int | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Bring a job's artefacts here. Called again, it goes on where it stopped."""
+    from potluck.protocol import GangView
+
     with connect() as hub:
-        job = find_job(hub, ref)
-        tree = chosen(hub.tree(job.id, what, attempt or 0), path, job.id)
-        target = Path(folder) if folder else Path("outputs") / safe_name(job.id)
-        if not force:
-            refuse_changed(tree, target)
-        hub.fetch_tree(tree, target, progress=_progress if sys.stderr.isatty() and not as_json else _silent)
+        work = find_work(hub, ref)
+        target = Path(folder) if folder else Path("outputs") / safe_name(work.id)
+        if isinstance(work, GangView):
+            if attempt is not None and member is None:
+                raise BadInput(f"{work.id} is a gang: whose attempt {attempt}? Say --member 1")
+            parts = of_members(hub, work, path, target, what=what, attempt=attempt or 0, member=member)
+        elif member is not None:
+            raise BadInput(f"--member is for gangs, and {work.id} is a job")
+        else:
+            parts = [Part(work.id, chosen(hub.tree(work.id, what, attempt or 0), path, work.id), target)]
+        for part in parts if not force else ():
+            refuse_changed(part.tree, part.folder)
+        for part in parts:
+            shown = _progress if sys.stderr.isatty() and not as_json else _silent
+            hub.fetch_tree(part.tree, part.folder, progress=shown)
     if as_json:
-        files = [{"path": f.path, "size_bytes": f.blob.size_bytes, "hash": f.blob.hash} for f in tree.files]
-        output.print_json({"job": job.id, "folder": str(target), "files": files, "skipped": tree.skipped})
+        told = [part_json(part) for part in parts]
+        output.print_json({"gang": work.id, "members": told} if isinstance(work, GangView) else told[0])
         return
-    output.say(f"{clean(job.id)}: {len(tree.files)} file(s), {output.size(tree.size_bytes)}, in {target}")
-    for skipped in tree.skipped:
-        output.note(f"left out: {clean(skipped)}")
+    for part in parts:
+        files = f"{len(part.tree.files)} file(s), {output.size(part.tree.size_bytes)}"
+        output.say(f"{clean(part.job)}: {files}, in {part.folder}")
+        for skipped in part.tree.skipped:
+            output.note(f"left out: {clean(skipped)}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one job left, and where it goes."""
+
+    job: str
+    tree: Tree
+    folder: Path
+
+
+def part_json(part: Part) -> dict[str, Any]:
+    files = [{"path": f.path, "size_bytes": f.blob.size_bytes, "hash": f.blob.hash} for f in part.tree.files]
+    return {"job": part.job, "folder": str(part.folder), "files": files, "skipped": part.tree.skipped}
+
+
+def of_members(
+    hub: Hub, gang: GangView, path: str, target: Path, *, what: str, attempt: int, member: int | None
+) -> list[Part]:
+    """What the members left, each in a folder of its own; of one member, or the project that all have, without it."""
+    one = 1 if what == "project" else member
+    parts, none = [], ""
+    for view in gang.members:
+        if one is not None and view.member != one:
+            continue
+        try:
+            tree = chosen(hub.tree(view.job, what, attempt), path, view.job)
+        except NotFound as error:  # this one left nothing, or nothing of that name
+            none = none or str(error)
+            continue
+        name = safe_name(f"{view.member}-{view.worker}" if view.worker else str(view.member))
+        parts.append(Part(view.job, tree, target if one is not None else target / name))
+    if not parts:
+        raise NotFound(none or f"{gang.id} has the members 1 to {len(gang.members)}, and no member {member}")
+    return parts
 
 
 def chosen(tree: Tree, path: str, job: str) -> Tree:

@@ -10,8 +10,17 @@ import click
 
 from potluck.cli import output
 from potluck.cli.follow import Connect, exit_code, follow
+from potluck.cli.gang import gang_json, machines_word, show_gang, speed_word, stop_gang, why_gang
 from potluck.cli.jobs import ended_sentence, job_json, print_job
-from potluck.cli.options import find_either, find_run, hub_options, json_option, key_values, timeout_option
+from potluck.cli.options import (
+    find_either,
+    find_run,
+    gangs_of,
+    hub_options,
+    json_option,
+    key_values,
+    timeout_option,
+)
 from potluck.cli.watch import exit_code as job_exit_code
 from potluck.cli.watch import wait_until_gone, watch_states
 from potluck.errors import BadInput, NotFound
@@ -19,7 +28,7 @@ from potluck.telemetry import clean
 
 if TYPE_CHECKING:
     from potluck.client import Hub
-    from potluck.protocol import Contribution, JobView, RunView
+    from potluck.protocol import Contribution, GangView, JobView, RunView
 
 RUN = click.argument("ref", metavar="RUN")
 RUN_HELP = "RUN is an id or its beginning, a name, or `last`."
@@ -29,21 +38,22 @@ RUN_HELP = "RUN is an id or its beginning, a name, or `last`."
 @json_option
 @hub_options
 def ps_command(connect: Connect, as_json: bool) -> None:
-    """List the runs of the pool and the jobs."""
+    """List the runs of the pool, the jobs and the gangs."""
     with connect() as hub:
-        runs, jobs = hub.runs(), hub.jobs()
+        runs, jobs, gangs = hub.runs(), hub.jobs(), gangs_of(hub, 100)
     if as_json:
         import msgspec
 
-        output.print_json([*msgspec.to_builtins(runs), *map(job_json, jobs)])
+        output.print_json([*msgspec.to_builtins(runs), *map(job_json, jobs), *map(gang_json, gangs)])
         return
-    if not runs and not jobs:
+    if not runs and not jobs and not gangs:
         output.say("Nothing yet. Start one: potluck train RECIPE --data SOURCE, or potluck run -- COMMAND")
         return
     now = output.utc_now()
-    rows = [(run.created_at, _run_row(run, now)) for run in runs] + [
-        (job.created_at, _job_row(job, now)) for job in jobs
-    ]
+    listed = {gang.id for gang in gangs}  # their members are told in one line
+    rows = [(run.created_at, _run_row(run, now)) for run in runs]
+    rows += [(job.created_at, _job_row(job, now)) for job in jobs if job.gang not in listed]
+    rows += [(gang.created_at, _gang_row(gang, now)) for gang in gangs]
     rows.sort(key=lambda row: output.when(row[0]))
     output.print_table(("RUN", "ID", "WHAT", "STATE", "WHERE", "SO FAR", "STARTED"), [row for _, row in rows])
 
@@ -80,6 +90,20 @@ def _job_row(job: JobView, now: datetime) -> tuple[str, ...]:
     )
 
 
+def _gang_row(gang: GangView, now: datetime) -> tuple[str, ...]:
+    where = ", ".join(member.worker for member in gang.members if member.worker)
+    speed = f"{speed_word(gang)} samples/s" if speed_word(gang) != "–" else ""
+    return (
+        gang.name,
+        gang.id,
+        f"gang of {gang.owner}: {machines_word(gang)} machines",
+        gang.state + (f" (exit {gang.exit_code})" if gang.exit_code else ""),
+        where or "–",
+        ", ".join(filter(None, [speed, gang.reason if gang.state not in ("running", "succeeded") else ""])) or "–",
+        output.ago(gang.started_at or gang.created_at, now),
+    )
+
+
 @click.command("show", epilog=RUN_HELP)
 @RUN
 @click.option("--follow", "-f", "live", is_flag=True, help="Watch until it has ended; a job: with its own exit code.")
@@ -87,15 +111,17 @@ def _job_row(job: JobView, now: datetime) -> tuple[str, ...]:
 @json_option
 @hub_options
 def show_command(connect: Connect, ref: str, live: bool, timeout: float | None, as_json: bool) -> int:
-    """Show one run or job: how far it is, where, and what came of it."""
+    """Show one run, job or gang: how far it is, where, and what came of it."""
     if timeout is not None and not live:
         raise BadInput("--timeout is for --follow: without it there is nothing to wait for")
-    from potluck.protocol import JobView
+    from potluck.protocol import GangView, JobView
 
     with connect() as hub:
         run = find_either(hub, ref)
         if isinstance(run, JobView):
             return _show_job(hub, run, live=live, timeout_s=timeout, as_json=as_json)
+        if isinstance(run, GangView):
+            return show_gang(hub, run, follows=live, timeout_s=timeout, as_json=as_json)
         if live:
             run = follow(hub, run, timeout_s=timeout, quiet=as_json)
         contributions = hub.contributions(run.id)
@@ -168,16 +194,22 @@ def print_contributions(contributions: list[Contribution]) -> None:
     output.print_table(columns, rows, right=columns[2:])
 
 
-@click.command("why", epilog="ID is a run's, job's, task's, lease's or worker's id, a name, or `last`.")
+@click.command("why", epilog="ID is a run's, job's, gang's, task's, lease's or worker's id, a name, or `last`.")
 @click.argument("subject", metavar="ID")
 @json_option
 @hub_options
 def why_command(connect: Connect, subject: str, as_json: bool) -> None:
-    """Explain why a run, job, task or worker is in the state it is in."""
+    """Explain why a run, job, gang, task or worker is in the state it is in."""
+    from potluck.protocol import GangView
+
     with connect() as hub:
+        found = None
         with suppress(NotFound, BadInput):  # not a run's or job's: the hub knows the other ids
-            subject = find_either(hub, subject).id
-        answer = hub.why(subject)
+            found = find_either(hub, subject)
+        if isinstance(found, GangView):
+            answer = why_gang(hub, found)
+        else:
+            answer = hub.why(found.id if found is not None else subject)
     if as_json:
         output.print_json(answer)
         return
@@ -234,11 +266,14 @@ def resume_command(connect: Connect, ref: str, as_json: bool) -> None:
 @json_option
 @hub_options
 def stop_command(connect: Connect, ref: str, wait: bool, timeout: float | None, as_json: bool) -> None:
-    """End a run or a job: what was handed in is merged, a job gets time for a checkpoint."""
-    from potluck.protocol import JobView
+    """End a run, a job or a gang: what was handed in is merged, a job gets time for a checkpoint."""
+    from potluck.protocol import GangView, JobView
 
     with connect() as hub:
         run = find_either(hub, ref)
+        if isinstance(run, GangView):
+            stop_gang(hub, run, waits=wait or timeout is not None, timeout_s=timeout, as_json=as_json)
+            return
         if isinstance(run, JobView):
             job = hub.stop_job(run.id)
             if wait or timeout is not None:

@@ -67,7 +67,13 @@ WOULD_WAIT = 75  # exit code of --dry-run: try again later
 @click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A secret as a variable (potluck secret set).")
 @click.option("--on", "labels", multiple=True, metavar="K=V", help="Only on a machine with this label.")
 @click.option("--procs", type=int, metavar="N", help="Processes on the machine, by torchrun.")
-@click.option("--wait", is_flag=True, help="Stream what it prints; leave with its own exit code.")
+@click.option("--gang", metavar="N..M", help="Train on so many machines together: 2..8, or 4 (docs/gangs.md).")
+@click.option("--batch", "gang_batch", metavar="N", help="With --gang: samples in a step of the whole gang.")
+@click.option("--gang-policy", metavar="P", help="How it is shared out: dynamic, proportional or uniform.")
+@click.option("--gang-engine", metavar="E", help="What carries the gang: auto, torchft or plain.")
+@click.option("--gang-compat", is_flag=True, default=None, help="For an unmodified torchrun script; a fixed number.")
+@click.option("--wait", is_flag=True, help="Stream what it prints; leave with its own exit code. A gang: as it is.")
+@click.option("--detach", is_flag=True, help="With --gang: only submit it, do not watch it.")
 @click.option(
     "--wait-at-most", "wait_s", type=DURATION, metavar="TIME", help="With --wait: leave it after so long, 124."
 )
@@ -80,6 +86,10 @@ def run_command(connect: Connect, command: tuple[str, ...], as_json: bool, **giv
     """Run a command with this folder's files on a machine where it fits."""
     _refuse_nonsense(given, command)
     spec, folder = read_wish(command, given)
+    if spec.gang is None and given["detach"]:
+        raise BadInput("--detach is for a gang, which is watched otherwise: a job is only watched with --wait")
+    if spec.gang is None and given["wait_s"] is not None and not given["wait"]:
+        raise BadInput("--wait-at-most is for --wait, or for a gang, which is watched anyway")
     if given["local"]:
         return run_here(spec, folder, Path(given["to"] or folder / "outputs"), as_json=as_json)
     say = _nothing if as_json else output.note
@@ -87,6 +97,12 @@ def run_command(connect: Connect, command: tuple[str, ...], as_json: bool, **giv
         hub.info()  # before anything is packed: is it there, and does it know us?
         if given["dry_run"]:
             return look_out(hub, spec, folder, as_json=as_json)
+        if spec.gang is not None:
+            from potluck.cli.gangrun import submit_gang
+
+            project, _ = send_project(hub, spec, folder, say)
+            follows = not given["detach"]
+            return submit_gang(hub, spec, project, follows=follows, timeout_s=given["wait_s"], as_json=as_json)
         job = submit(hub, spec, folder, say)
         if given["wait"]:
             return wait_for(hub, job, timeout_s=given["wait_s"], as_json=as_json)
@@ -109,8 +125,10 @@ def _refuse_nonsense(given: Mapping[str, Any], command: tuple[str, ...]) -> None
         raise BadInput("--to is for --local: `potluck pull JOB --to DIR` brings a job's results here")
     if given["dry_run"] and given["wait"]:
         raise BadInput("--dry-run starts nothing that --wait could wait for: take one of them")
-    if given["wait_s"] is not None and not given["wait"]:
-        raise BadInput("--wait-at-most is for --wait")
+    if given["detach"] and (given["wait"] or given["dry_run"] or given["local"]):
+        raise BadInput("--detach only submits: it does not go together with --wait, --dry-run or --local")
+    if given["detach"] and given["wait_s"] is not None:
+        raise BadInput("--wait-at-most is for watching, and --detach does not watch: take one of them")
     if len(command) == 1 and any(c.isspace() for c in command[0]):
         raise BadInput(
             f"there is no program `{clean(command[0])}`: write the command without quotes, `-- {clean(command[0])}`, "
@@ -127,6 +145,9 @@ def read_wish(command: tuple[str, ...], given: Mapping[str, Any]) -> tuple[JobSp
         raise BadInput(
             "which command? `potluck run -- python train.py`, or `command:` in potluck.yaml, which `potluck init` writes"
         )
+    if asked.values.get("gang") and "members" not in asked.values["gang"]:
+        alone = next((origin for where, origin in asked.origins.items() if where[0] == "gang"), "this")
+        raise BadInput(f"{alone} is for a gang: say how many machines, --gang 2..8")
     spec = asked.spec()
     refuse_home(folder)
     return replace(spec, name=spec.name or name_of(folder)), folder
@@ -162,6 +183,12 @@ def refuse_home(folder: Path) -> None:
 
 def submit(hub: Hub, spec: JobSpec, folder: Path, say: Any) -> JobView:
     """Send what the hub does not have yet, and queue the job."""
+    project, state = send_project(hub, spec, folder, say)
+    return hub.submit(_request(spec, project, state), random.token_hex(16))
+
+
+def send_project(hub: Hub, spec: JobSpec, folder: Path, say: Any) -> tuple[Blob, GitState | None]:
+    """Send what the hub does not have yet of the folder, and say what that was."""
     from potluck.client.project import git_state, pack
 
     tree = pack(folder)
@@ -177,7 +204,7 @@ def submit(hub: Hub, spec: JobSpec, folder: Path, say: Any) -> JobView:
     say(project_sentence(tree, new, state))
     for skipped in tree.skipped:
         say(f"left out: {clean(skipped)}")
-    return hub.submit(_request(spec, project, state), random.token_hex(16))
+    return project, state
 
 
 def _request(spec: JobSpec, project: Blob, state: GitState | None) -> JobRequest:
@@ -228,7 +255,12 @@ def look_out(hub: Hub, spec: JobSpec, folder: Path, *, as_json: bool) -> int:
 
     tree = pack(folder)
     _check_files(spec, tree, folder)
-    outlook = hub.outlook(_request(spec, hash_bytes(msgspec.json.encode(tree)), git_state(folder)[0]))
+    request = _request(spec, hash_bytes(msgspec.json.encode(tree)), git_state(folder)[0])
+    if spec.gang is not None:
+        from potluck.cli.gangrun import dry_run
+
+        return dry_run(hub, request, as_json=as_json)
+    outlook = hub.outlook(request)
     if as_json:
         output.print_json(outlook)
     else:
@@ -279,6 +311,10 @@ def run_here(spec: JobSpec, folder: Path, out: Path, *, as_json: bool) -> int:
     from potluck.worker.jobs.local import run_local
 
     values = local_secrets(spec)
+    if spec.gang is not None:
+        from potluck.cli.gangrun import free_port, gang_of_one
+
+        spec = gang_of_one(spec, free_port)
     printer = Printer()
     decoder = _Decoder(printer)
     output.note(f"{clean(spec.name)}: {clean(shell_line(spec.command))}")

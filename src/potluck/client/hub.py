@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 
-from potluck.client.jobs import JobRoutes
+from potluck.client.gangs import GangRoutes
 from potluck.client.line import decode, path_part
 from potluck.protocol import (
     Contribution,
@@ -32,7 +32,7 @@ from potluck.protocol import (
 )
 
 
-class Hub(JobRoutes):
+class Hub(GangRoutes):
     """One hub, seen by one credential."""
 
     # --- people and machines
