@@ -37,8 +37,8 @@ def until(found: Callable[[], Any], what: str, within_s: float = PATIENCE_S) -> 
 class Nursery:
     """gang_nursery.py, once for all tests."""
 
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("gang_nursery.py")
+    def __init__(self, script: str | Path = "gang_nursery.py") -> None:
+        script = Path(__file__).parent / script
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUST_LOG": "error"}
         self._process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
@@ -60,6 +60,7 @@ class Nursery:
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
+        self._process.kill()  # its children have ended; its own end would take seconds
         self._process.wait()
 
 
@@ -192,7 +193,7 @@ class Cluster:
             **place,
         }
         environment = {
-            **{key: value for key, value in os.environ.items() if key != "POTLUCK_METRICS_DIR"},
+            **{key: value for key, value in os.environ.items() if not key.startswith("POTLUCK_")},
             "OMP_NUM_THREADS": "1",
             "POTLUCK_GANG": json.dumps(gang),
             "TASK": json.dumps({**self.task, "diary": str(diary_path), **changes}),

@@ -3,6 +3,7 @@
 It reads commands from its standard input, one JSON object a line, and answers each with a line:
 
     {"start": "member" | "plain" | "torchft", "environment": {…}, "log": path, "host": …, "port": …, "least": …} → {"pid"}
+    {"start": "script", "arguments": [path, …], …}, as `python path …` would                                     → {"pid"}
     {"status": pid} → {"status": null while it runs, else its exit code, negative for a signal}
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 import threading
 import traceback
@@ -56,6 +58,9 @@ def run(command: dict[str, Any]) -> None:
     match command["start"]:
         case "member":
             gang_script.main()
+        case "script":
+            sys.argv = command["arguments"]
+            runpy.run_path(sys.argv[0], run_name="__main__")
         case "plain":
             meeting.serve(command["host"], command["port"], least=command["least"], say=print_flushed)
         case "torchft":

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 import potluck
 from potluck.domain import gangs
 from potluck.domain.balance import Balancer
-from potluck.train.gang import reduce
+from potluck.train.gang import papers, reduce
 from potluck.train.gang.profile import Event, StepRecord
 
 WIDTH = 12
@@ -74,6 +74,9 @@ def main() -> None:
         Balancer._shares = lambda self, batch, members, paces: gangs.proportional(
             batch, [task["weights"].get(name, 1) for name in members]
         )
+    if task.get("papers"):  # as if this member had another torch, or another script
+        written = papers.write
+        papers.write = lambda *given: {**written(*given), **task["papers"]}
     diary = Diary(Path(task["diary"]))
     faults: list[tuple[int, str, str]] = [tuple(fault) for fault in task.get("faults", [])]
 
@@ -122,7 +125,7 @@ def main() -> None:
     loader = gang.loader(
         dataset, batch_size=task["batch"], at_once=task.get("at_once", 0), workers=task.get("workers", 1)
     )
-    gang_model, optimizer = gang.wrap(model, optimizer)
+    gang_model, optimizer = gang.wrap(model, optimizer, compress=task.get("compress", "none"))
     if scheduler is not None:
         gang.keep(scheduler=scheduler)
     if task.get("clip"):

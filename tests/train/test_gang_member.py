@@ -432,6 +432,7 @@ def test_figures_that_cannot_be_told_apart_are_refused() -> None:
         gang.log(step=3)
 
 
+@pytest.mark.slow
 def test_a_process_ends_by_itself_and_imports_no_network_alone(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

@@ -11,9 +11,12 @@ Who knows whom, from the top:
     loader.py        which samples are mine, and are they here already?        (Cursor moves only on commit)
     reduce.py        gradients → buckets → sums over the members, during the backward pass
     report.py        the vector of figures that is summed with them
+    compress.py      buckets in fewer bytes, for slow networks
     papers.py        do all members have the same script, data and model?
     norms.py         BatchNorm's running statistics
     healing.py       the whole state as one file, and how it gets to a newcomer
+    profile.py       where each member's time goes, and whom all wait for;  advice.py: what would help
+    journal.py       points, events and the metrics file, with what machine.py sees;  trial.py: how fast alone?
     engine.py        what the above ask of an engine; the engine of one
     torchft_engine.py, plain_engine.py (with meeting.py)    the engines of many, one conformance suite
 

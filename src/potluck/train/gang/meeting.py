@@ -89,7 +89,8 @@ class Meeting:
         self._life = secrets.token_hex(4)  # so that no generation of an earlier meeting is taken for one of this
         self._changed = threading.Condition()
         self._closed = False
-        self._socket = socket.create_server((host, port), backlog=64)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, port), family=family, backlog=64)
         self.port = int(self._socket.getsockname()[1])
         for target in (self._welcome, self._preside):
             threading.Thread(target=target, name=f"potluck-meeting-{target.__name__}", daemon=True).start()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -15,9 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from potluck.domain.balance import Balancer
 from potluck.domain.gangs import ShareError
 from potluck.errors import BadInput, PotluckError
-from potluck.train.gang import papers, place
+from potluck.train.gang import papers, place, trial
 from potluck.train.gang.engine import Engine, Solo
+from potluck.train.gang.journal import Journal, Standing
 from potluck.train.gang.loader import Loader
+from potluck.train.gang.machine import Machine
 from potluck.train.gang.norms import ADVICE, Norms
 from potluck.train.gang.place import Place
 from potluck.train.gang.profile import Profile
@@ -32,15 +36,20 @@ Optim = TypeVar("Optim", bound=Optimizer)
 
 
 def join() -> Gang:
-    """Take the place that Potluck gave this process; a gang of one where it gave none."""
-    return Gang(place.read())
+    """Take the place that Potluck gave this process; a gang of one where it gave none, or where speed is measured."""
+    where, steps = place.read(), trial.read()
+    if steps:
+        where = replace(where, lighthouse="", store="", where="", least=1, most=1)
+    return Gang(where, solo_steps=steps)
 
 
 class Gang:
     """This process as a member. Made by `potluck.gang.join()`."""
 
-    def __init__(self, where: Place) -> None:
+    def __init__(self, where: Place, *, solo_steps: int = 0, solo_s: float = 0.0) -> None:
+        """`solo_steps`, `solo_s`: only measure how fast this machine is, for so long (trial.py)."""
         self.name = where.member
+        self._solo = (solo_steps, solo_s) if solo_steps or solo_s else None
         self._place = where
         self._voice = Voice()
         self._loader: Loader | None = None
@@ -90,16 +99,20 @@ class Gang:
         )
         return self._loader
 
-    def wrap(self, model: Model, optimizer: Optim, *, loss: str = "mean") -> tuple[Model, Optim]:
+    def wrap(
+        self, model: Model, optimizer: Optim, *, loss: str = "mean", compress: str = "none"
+    ) -> tuple[Model, Optim]:
         """The same two objects, from now on with the global batch's gradient.
 
-        `loss`: "mean" over the local batch, as losses are by default, or "sum" over its samples.
+        `loss`: "mean" over the local batch, as losses are by default, or "sum" over its samples. `compress`: how gradients
+        travel over a slow network: "none", "fp16", "powersgd", or "auto" (fp16 where it is seen to be needed).
         """
         if self._wrapped is not None:
             raise BadInput("gang.wrap was called twice: put all networks into one nn.Module with one optimizer")
         if loss not in ("mean", "sum"):
             raise BadInput(f"gang.wrap has loss=`{loss}`: it must be `mean` or `sum`")
-        self._wrapped = (model, optimizer, Reducer(model, lambda: self._steps.sum_up()), Norms(model), loss)
+        reducer = Reducer(model, lambda: self._steps.sum_up(), compress)
+        self._wrapped = (model, optimizer, reducer, Norms(model), loss)
         inner, clear = optimizer.step, optimizer.zero_grad
 
         def step(optimizer: Optimizer, closure: None = None) -> Any:
@@ -185,7 +198,7 @@ class Gang:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything needed to go on: model, optimizer, place in the data, shares. The first member writes it."""
-        if self.is_first:
+        if self.is_first and self._solo is None:
             self._steps.state.save(Path(path))
 
     def leave(self) -> None:
@@ -254,13 +267,20 @@ class Gang:
         if self._wrapped is None:
             raise BadInput("call gang.wrap(model, optimizer) before the first batch of gang.loader")
         model, optimizer, reducer, norms, loss = self._wrapped
-        plan = {"batch": loader.batch, "loss": loss, "seed": loader.seed, "at_once": loader.at_once}
+        plan = {
+            "batch": loader.batch,
+            "loss": loss,
+            "seed": loader.seed,
+            "at_once": loader.at_once,
+            "compress": reducer.compression.asked,
+        }
         state = State(
             self.name,
             Balancer(loader.batch, self._place.policy),
             model,
             optimizer,
             papers.write(model, optimizer, loader.dataset, loader.items, plan) if self._has_others else {**plan},
+            reducer.compression,
             self._kept,
         )
         state.papers.setdefault("length", loader.length)
@@ -282,7 +302,55 @@ class Gang:
             voice=self._voice,
         )
         steps.max_norm, steps.publish = self._max_norm, self._publish
+        device = next(model.parameters()).device
+        if self._solo is None:
+            self._keep_journal(device)
+        else:
+            kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            measured = trial.Trial(
+                loader.batch,
+                device=kind,
+                gradient_bytes=reducer.size_bytes,
+                steps=self._solo[0],
+                seconds=self._solo[1],
+            )
+            steps.whole = measured.batch
+            self._voice.watch(measured)
         return steps
+
+    def _keep_journal(self, device: torch.device) -> None:
+        """Where somebody collects what a member says."""
+        output, collects = os.environ.get("POTLUCK_OUTPUT_DIR"), bool(os.environ.get("POTLUCK_METRICS_DIR"))
+        if not output and not collects:
+            return
+        from potluck.job import log
+
+        journal = Journal(
+            self.name,
+            self._place.gang,
+            machine=Machine(device),
+            standing=self._standing,
+            loss=lambda: self.figures,
+            log=log if collects else None,
+            output=Path(output) if output else None,
+        )
+        self._voice.watch(journal)
+        journal.close_at_the_end()
+
+    def _standing(self) -> Standing:
+        steps, loader = self._steps, self._need_loader()
+        crew, balancer = steps.crew, steps.state.balancer
+        fit = balancer.fits.get(self.name)
+        means = steps.profile.means()
+        rest_s = means["optimizer_s"] + means["outside_s"]
+        alone_s = fit.pace.ready_s(loader.batch) + rest_s if fit is not None and fit.pace is not None else 0.0
+        return Standing(
+            rank=crew.rank if crew is not None else 0,
+            members=len(crew.cards) if crew is not None else 1,
+            batch=loader.batch,
+            alone_per_s=loader.batch / alone_s if alone_s else 0.0,
+            noise_scale=self.noise_scale,
+        )
 
     @property
     def _has_others(self) -> bool:

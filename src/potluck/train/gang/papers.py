@@ -31,6 +31,7 @@ _WHAT: dict[str, str] = {
     "length": "the number of samples in the data set",
     "items": "the samples themselves (same number, other content)",
     "seed": "the seed",
+    "compress": "the compression of the gradients",
 }
 
 
@@ -42,12 +43,24 @@ def write(
     return {
         "torch": torch.__version__.partition("+")[0],  # a CPU and a GPU build of one version go together
         "code": script_files(),
+        "device": device_of(model),
         "model": {name: f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in _tensors(model)},
         "optimizer": type(optimizer).__name__,
         "length": length,
         "items": sampled(length, items),
         **plan,
     }
+
+
+def device_of(model: nn.Module) -> str:
+    """On which device all its parameters are: "cpu", "cuda GPU-…" with what tells this GPU from others; empty: several."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        return ""
+    device = devices.pop()
+    if device.type != "cuda":
+        return device.type
+    return f"cuda {getattr(torch.cuda.get_device_properties(device), 'uuid', device.index)}"
 
 
 def unfit(cards: Sequence[Card]) -> dict[str, str]:

@@ -21,6 +21,7 @@ class Place:
     """One member's place in its gang. Without a variable: a gang of one."""
 
     member: str = "alone"
+    gang: str = ""  # its name
     address: str = "127.0.0.1"  # of this member, as the others reach it
     lighthouse: str = ""  # of torchft: "http://IP:PORT"
     store: str = ""  # the meeting of the plain engine: "IP:PORT"

@@ -109,9 +109,7 @@ class PlainEngine:
         store: Store = self._store
         if first != crew.rank:
             store = groups.client_store(host, int(port))
-        self._group = groups.connect(
-            PrefixStore(crew.generation, store), crew.rank, len(crew.cards), self._place.address
-        )
+        self._group = groups.connect(PrefixStore(crew.generation, store), crew.rank, crew.cards, self._place.address)
         self._generation = crew.generation
 
     def _heal(self, crew: Crew, contacts: list[dict[str, str]]) -> None:
@@ -138,9 +136,10 @@ class PlainEngine:
         failure = "" if self._group is not None else "the group is gone"
         while self._works:  # one by one let go: as long as a work is held, so are the group's connections
             try:
-                self._works.pop(0).wait()
+                self._works.pop().wait()  # the last first: it is the figures, over Gloo (groups.py)
             except RuntimeError as error:
                 failure = failure or str(error)
+                groups.abort(self._group)
         if failure:
             self._drop()  # so that the others, who may wait for us, notice at once
         return failure
@@ -158,6 +157,7 @@ class PlainEngine:
         self._giver.close()
 
     def _drop(self) -> None:
+        groups.abort(self._group)
         self._works.clear()
         self._group = None
         self._generation = ""

@@ -1,4 +1,7 @@
-"""Where does a member's time go?"""
+"""Where does a member's time go, and which member's time is it that all wait for?
+
+Every member's times travel with the next step's gradient (report.py), so each of them knows all, and needs no other message.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,14 @@ class Times:
 
     @property
     def total_s(self) -> float:
-        return float(sum(getattr(self, name) for name in _NAMES))
+        return float(sum(getattr(self, name) for name in PHASES))
 
 
-_NAMES = ("meet_s", "load_s", "forward_s", "backward_s", "sum_s", "optimizer_s", "outside_s")
+PHASES = ("meet_s", "load_s", "forward_s", "backward_s", "sum_s", "optimizer_s", "outside_s")
+_SHARED = ("meet_s", "sum_s")
+"""What no member does alone: who has nothing else to do spends its time there."""
+_KEEP = 0.98
+"""Of the other members' means, at each step."""
 _WORDS = {
     "meet_s": "meeting the other members",
     "load_s": "the loader",
@@ -56,18 +63,36 @@ class Event:
     """Something that people want to know."""
 
     step: int
-    kind: str  # joined, left, replan, retry, skip, drift, unfit, advice, healed
+    kind: str  # joined, left, replan, retry, skip, drift, unfit, advice, healed, profile, compress
     text: str
 
 
 @dataclass(slots=True)
 class Profile:
-    """The last committed steps of this member."""
+    """The last committed steps of this member, and the means of all."""
 
     recent: deque[tuple[int, Times]] = field(default_factory=lambda: deque(maxlen=200))
+    members: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds a step, by name and phase
+    _p99_s: float = 0.0
+    _fresh: int = 0  # steps for which it still holds
 
     def add(self, batch: int, times: Times) -> None:
         self.recent.append((batch, times))
+        self._fresh -= 1
+
+    def hear(self, told: Mapping[str, Mapping[str, float]]) -> None:
+        """What every member says of its last step; nothing yet, of one that has just come."""
+        for name in self.members.keys() - told.keys():
+            del self.members[name]
+        for name, spans in told.items():
+            known = self.members.get(name)
+            if not any(spans.values()):
+                continue
+            if known is None:
+                self.members[name] = dict(spans)
+            else:
+                for phase, seconds in spans.items():
+                    known[phase] += (1 - _KEEP) * (seconds - known[phase])
 
     @property
     def samples_per_s(self) -> float:
@@ -78,18 +103,47 @@ class Profile:
     def means(self) -> dict[str, float]:
         """Seconds a step, by what they go into."""
         count = max(len(self.recent), 1)
-        return {name: sum(getattr(times, name) for _, times in self.recent) / count for name in _NAMES}
+        return {name: sum(getattr(times, name) for _, times in self.recent) / count for name in PHASES}
 
     def sentence(self) -> str:
-        """What takes most of a step."""
+        """What takes most of a step, and where."""
+        if len(self.members) > 1:
+            return bottleneck(self.members).sentence
         means = self.means()
-        total = sum(means.values())
-        if total <= 0:
+        if sum(means.values()) <= 0:
             return "no step has been committed yet"
-        most = max(means, key=lambda name: means[name])
-        return f"{_WORDS[most]}: {means[most] / total:.0%} of the step"
+        return bottleneck({"": means}).sentence
 
     def p99_s(self) -> float:
         """Of the part of a step that others may have to wait for; 0: not known yet."""
-        spans = sorted(t.load_s + t.forward_s + t.backward_s + t.sum_s for _, t in self.recent)
-        return spans[min(len(spans) - 1, int(0.99 * len(spans)))] if spans else 0.0
+        if self._fresh <= 0 and self.recent:
+            spans = sorted(t.load_s + t.forward_s + t.backward_s + t.sum_s for _, t in self.recent)
+            self._p99_s = spans[min(len(spans) - 1, int(0.99 * len(spans)))]
+            self._fresh = len(spans) // 8  # every step would be a fifth of what the profiler costs
+        return self._p99_s
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    phase: str
+    member: str  # whom the others wait for; empty: all alike
+    share: float  # of the step
+    sentence: str
+
+
+def bottleneck(means: Mapping[str, Mapping[str, float]]) -> Bottleneck:
+    """What takes most of a step, on the member that all others wait for: the one with most to do of its own.
+
+    `means`: seconds a step, by member and phase.
+    """
+    busy = {name: sum(spans[phase] for phase in PHASES if phase not in _SHARED) for name, spans in means.items()}
+    slowest = max(busy, key=lambda name: (busy[name], name))
+    spans = means[slowest]
+    phase = max(PHASES, key=lambda phase: spans[phase])
+    share = spans[phase] / max(sum(spans.values()), 1e-9)
+    if phase in _SHARED:  # even for the slowest: it is nobody's fault
+        text = f"{_WORDS[phase]}: {share:.0%} of the step" + " on all members" * (len(means) > 1)
+        return Bottleneck(phase, "", share, text)
+    return Bottleneck(
+        phase, slowest, share, f"{_WORDS[phase]}: {share:.0%} of the step" + f" on {slowest}" * bool(slowest)
+    )

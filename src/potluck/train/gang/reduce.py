@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from potluck.errors import BadInput, PotluckError
+from potluck.train.gang.compress import Begin, Compression
 
 BUCKET_BYTES = 8 << 20
 ROOM = 4096
 """Figures that may travel in the last bucket, behind its gradients: one sum less, which a small model notices."""
-
-Begin = Callable[[Tensor], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +44,7 @@ class _Pass:
     """What is known of one step's backward pass."""
 
     begin: Begin
+    is_alone: bool  # then nothing needs to be compressed
     started_at: float
     factor: float = 1.0  # of the present part
     is_last: bool = True  # nothing is summed over the members before a share's last part
@@ -61,7 +61,7 @@ class _Pass:
 class Reducer:
     """Of one model. `close` is called at the end of each step's last backward pass."""
 
-    def __init__(self, model: nn.Module, close: Callable[[], None]) -> None:
+    def __init__(self, model: nn.Module, close: Callable[[], None], compress: str = "none") -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise BadInput("the model has no parameter that needs a gradient: there is nothing to train")
@@ -71,7 +71,9 @@ class Reducer:
         self._pass: _Pass | None = None
         self._views = [torch.empty(0)] * len(self.parameters)
         self._bucket_of = [0] * len(self.parameters)
-        self.buckets = [self._bucket(number, places) for number, places in enumerate(_laid_out(self.parameters))]
+        layout = _laid_out(self.parameters)
+        self.buckets = [self._bucket(number, places) for number, places in enumerate(layout)]
+        self.compression = Compression(compress, [[self.parameters[i].shape for i in places] for places in layout])
         for place, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(functools.partial(self._came, place))
         model.register_forward_hook(self._forward_done)
@@ -87,9 +89,9 @@ class Reducer:
 
     # --- a step
 
-    def open(self, begin: Begin) -> None:
+    def open(self, begin: Begin, *, is_alone: bool = False) -> None:
         """A step begins; `begin` starts a sum over the members."""
-        self._pass = _Pass(begin, time.perf_counter())
+        self._pass = _Pass(begin, is_alone, time.perf_counter())
         for parameter in self.parameters:
             parameter.grad = None
         for bucket in self.buckets:
@@ -184,7 +186,14 @@ class Reducer:
         now.squares.append(_square(flat))
         now.launched += 1
         if now.launched < len(self.buckets):
+            self._send(now, now.launched - 1)
+
+    def _send(self, now: _Pass, number: int) -> None:
+        codec, flat = self.compression.codec, self.buckets[number].flat
+        if codec is None or now.is_alone:
             now.begin(flat)
+        else:
+            codec.begin(number, flat, now.begin)
 
     # --- its end
 
@@ -203,13 +212,30 @@ class Reducer:
         room = last.whole[last.flat.numel() :]
         parts = _parts(last.whole.dtype)
         size = parts * figures.numel()
-        if not parts or size > room.numel():
-            now.begin(last.flat)
+        if not parts or size > room.numel() or (self.compression.codec is not None and not now.is_alone):
+            self._send(now, len(self.buckets) - 1)
             now.begin(figures)
             return lambda: figures
         _split_into(room[:size], figures)
         now.begin(last.whole[: last.flat.numel() + size])
         return lambda: room[:size].double().view(parts, -1).sum(0)
+
+    def unpack(self, finish: Callable[[], str]) -> str:
+        """After the sums, where they were compressed: `finish` waits for more of them. Why there are none, or empty."""
+        codec, now = self.compression.codec, self._now()
+        if codec is None or now.is_alone:
+            return ""
+        codec.second(now.begin)
+        if failure := finish():
+            return failure
+        for number, bucket in enumerate(self.buckets):
+            codec.end(number, bucket.flat)
+        return ""
+
+    def settle(self) -> None:
+        """The step was committed."""
+        if self.compression.codec is not None and not self._now().is_alone:
+            self.compression.codec.settle()
 
     def used(self) -> Tensor:
         """Which parameters got a gradient here."""
@@ -245,6 +271,10 @@ class Reducer:
     @property
     def size_bytes(self) -> int:
         return sum(bucket.flat.numel() * bucket.flat.element_size() for bucket in self.buckets)
+
+    def part_sent(self, way: str) -> float:
+        """How much of the gradient's bytes a way of compression sends."""
+        return self.compression.part(way, self.size_bytes, self.parameters[0].element_size())
 
     @property
     def others_by_last(self) -> float:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from potluck.domain.gangs import Noise, Wire
 from potluck.errors import BadInput
 
 FIGURES = 32
@@ -35,9 +36,28 @@ class Row:
     plan: float = 0.0  # a fingerprint of epoch, place and shares
     rate: float = 0.0  # learning rate and the like
     weights: float = 0.0  # a fingerprint of the weights; 0: none in this step
+    meet_s: float = 0.0  # in the step before, as profile.Times has them; its sum_s is tail_s
+    load_s: float = 0.0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    optimizer_s: float = 0.0
+    outside_s: float = 0.0
+
+    def spans(self) -> dict[str, float]:
+        """Of the step before, by phase."""
+        return {
+            "meet_s": self.meet_s,
+            "load_s": self.load_s,
+            "forward_s": self.forward_s,
+            "backward_s": self.backward_s,
+            "sum_s": self.tail_s,
+            "optimizer_s": self.optimizer_s,
+            "outside_s": self.outside_s,
+        }
 
 
-WIDTH = len(fields(Row))
+_NAMES = tuple(f.name for f in fields(Row))
+WIDTH = len(_NAMES)
 
 
 @dataclass(slots=True)
@@ -89,9 +109,7 @@ def write(
 ) -> Tensor:
     """The vector to be summed."""
     vector = torch.zeros(size * WIDTH + 2 * FIGURES + used.numel() + norms.numel(), dtype=torch.float64)
-    vector[rank * WIDTH : (rank + 1) * WIDTH] = torch.tensor(
-        [getattr(row, f.name) for f in fields(Row)], dtype=torch.float64
-    )
+    vector[rank * WIDTH : (rank + 1) * WIDTH] = torch.tensor([getattr(row, n) for n in _NAMES], dtype=torch.float64)
     start = size * WIDTH
     for place, (total, weight) in figures.items():
         vector[start + 2 * place], vector[start + 2 * place + 1] = total, weight
@@ -109,6 +127,26 @@ def read(vector: Tensor, *, size: int, parameters: int) -> Report:
     figures = values[start : start + 2 * FIGURES]
     start += 2 * FIGURES
     return Report(rows, vector[start : start + parameters], vector[start + parameters :], figures)
+
+
+def noise_seen(known: Noise, seen: Report, shares: Sequence[int], square: float | None) -> Noise:
+    """With this step's |g|² of the whole batch, where it was asked."""
+    if square is None:
+        return known
+    batch = sum(shares)
+    rows = zip(seen.rows, shares, strict=True)
+    return known.seen(shares, [row.square * (batch / share) ** 2 if share else 0.0 for row, share in rows], square)
+
+
+def wire_seen(known: Wire, seen: Report, others_by_last: float) -> Wire:
+    """The last bucket's sum takes what the slowest member, who waits for nobody, saw after its own."""
+    if any(row.tail_s <= 0 for row in seen.rows):
+        return known
+    last_s = min(row.tail_s for row in seen.rows)
+    all_s = min(row.after_first_s for row in seen.rows)
+    others_s = min(last_s * others_by_last, max(all_s - last_s, 0.0))
+    keep = 0.9 if known.last_s else 0.0
+    return Wire(keep * known.last_s + (1 - keep) * last_s, keep * known.others_s + (1 - keep) * others_s)
 
 
 def odd_ones(values: Sequence[float]) -> list[int]:

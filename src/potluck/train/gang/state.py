@@ -14,6 +14,7 @@ from potluck.domain.balance import Balancer
 from potluck.domain.gangs import Noise
 from potluck.errors import BadInput
 from potluck.train.gang import healing, papers
+from potluck.train.gang.compress import Compression
 from potluck.train.gang.engine import Card
 
 
@@ -33,6 +34,7 @@ class State:
     model: nn.Module
     optimizer: Optimizer
     papers: dict[str, Any]
+    compression: Compression
     kept: dict[str, Any] = field(default_factory=dict)  # whatever else has a state_dict: schedulers, averages
     cursor: Cursor = field(default_factory=Cursor)
     noise: Noise = field(default_factory=Noise)
@@ -63,6 +65,7 @@ class State:
             "seed": self.papers["seed"],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "compression": self.compression.state_dict(),
             "kept": {name: thing.state_dict() for name, thing in self.kept.items()},
             "cursor": asdict(self.cursor),
             "balancer": self.balancer.to_state(),
@@ -84,6 +87,8 @@ class State:
         self.optimizer.load_state_dict(tree["optimizer"])
         for name, thing in self.kept.items():
             thing.load_state_dict(tree["kept"][name])
+        if "compression" in tree:
+            self.compression.load_state_dict(tree["compression"])
         policy = self.balancer.policy
         self.balancer = Balancer.from_state(tree["balancer"])
         self.balancer.batch, self.balancer.policy = self.papers["batch"], policy

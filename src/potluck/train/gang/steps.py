@@ -19,9 +19,9 @@ from typing import Any
 from torch.optim import Optimizer
 
 from potluck.domain.balance import Replan
-from potluck.domain.gangs import Noise, Wire
 from potluck.errors import BadInput, PotluckError
 from potluck.train.gang import report
+from potluck.train.gang.advice import Adviser
 from potluck.train.gang.engine import FIRST_PATIENCE_S, Crew, Engine
 from potluck.train.gang.loader import Loader, Plan, plan
 from potluck.train.gang.norms import Norms
@@ -95,6 +95,7 @@ class Steps:
         self.figures = report.Figures()
         self.means: dict[str, float] = {}  # the newest of the figures, over all members
         self.publish: Callable[[int, Mapping[str, float]], None] = lambda step, means: None
+        self.whole: Callable[[int], int] = lambda step: loader.batch  # the batch of a step; a trial varies it
         self._loader, self._reducer, self._norms, self._engine = loader, reducer, norms, engine
         self._loss, self._at_once, self._pulse, self._voice = loss, at_once, pulse, voice
         self._open: _Step | None = None
@@ -104,6 +105,8 @@ class Steps:
         self._tail_s = self._after_first_s = 0.0
         self._ended_at = 0.0
         self._last_share = 0.0
+        self._times = Times()  # of the last committed step
+        self._adviser = Adviser(state, reducer, self.profile, voice.say)
         atexit.register(engine.leave)
 
     def leave(self) -> None:
@@ -174,21 +177,21 @@ class Steps:
             return None
         self._has_met = False
         now = time.perf_counter()
-        batch = min(self._loader.batch, self._loader.length - state.cursor.place)
+        batch = min(self.whole(state.cursor.step), self._loader.length - state.cursor.place)
         shares = list(state.balancer.shares_of(batch).values())
         made = plan(state.cursor.epoch, state.cursor.place, shares, crew.rank, at_once=self._at_once)
         self._engine.patience_s = patience_s = self._patience_s()
         self._open = _Step(made, crew, now - came_at, now, [])
         self.committed = False
         self._norms.remember()
-        self._reducer.open(self._engine.sum)
+        self._reducer.open(self._engine.sum, is_alone=len(crew.cards) == 1)
         self._pulse.beat("compute", state.cursor.step, patience_s)
         return self._open
 
     def _following(self, step: Plan) -> Plan | None:
         """What the next step will be if nothing changes."""
         start = step.start + step.batch
-        batch = min(self._loader.batch, self._loader.length - start)
+        batch = min(self.whole(self.state.cursor.step + 1), self._loader.length - start)
         if batch < 1:
             return None
         shares = list(self.state.balancer.shares_of(batch).values())
@@ -246,6 +249,7 @@ class Steps:
         assert step is not None
         size, rank = len(step.crew.cards), step.crew.rank
         square, first_s, ready_s = reducer.launch_rest()
+        before = self._times
         row = Row(
             count=sum(step.weights) if step.plan.share else 0.0,
             ready_s=ready_s,
@@ -257,6 +261,12 @@ class Steps:
             plan=report.fingerprint(step.plan.epoch, step.plan.start, step.plan.shares),
             rate=_rates(state.optimizer),
             weights=self._weights_now() if size > 1 and state.cursor.step % COMPARE_EVERY == 0 else 0.0,
+            meet_s=before.meet_s,
+            load_s=before.load_s,
+            forward_s=before.forward_s,
+            backward_s=before.backward_s,
+            optimizer_s=before.optimizer_s,
+            outside_s=before.outside_s,
         )
         norms = self._norms.share(float(step.plan.share))
         vector = report.write(
@@ -264,7 +274,7 @@ class Steps:
         )
         self._pulse.beat("sum", state.cursor.step, self._engine.patience_s)
         summed = reducer.launch_last(vector)
-        step.failure = self._engine.finish()
+        step.failure = self._engine.finish() or reducer.unpack(self._engine.finish)
         step.ready_s, step.forward_s = ready_s, reducer.forward_s
         step.summed_s = time.perf_counter() - step.began_at
         if step.failure:
@@ -335,8 +345,9 @@ class Steps:
             self._skip(bad)
         else:
             self._norms.settle(seen.norms, float(step.plan.batch))
+            self._reducer.settle()
             state.skipped = 0
-            state.noise = _noise(state.noise, step)
+            state.noise = report.noise_seen(state.noise, seen, step.plan.shares, step.square)
         state.cursor.place += step.plan.batch
         state.cursor.step += 1
         self.committed, self._was_given_up = not bad, False
@@ -348,6 +359,7 @@ class Steps:
         self.figures = report.Figures()
         self._balance(step, seen)
         self._finish(step, is_committed=True, is_skipped=bool(bad))
+        self._adviser.look()
         if state.skipped >= MOST_SKIPPED:
             raise BadInput(
                 f"the gradient was not finite {MOST_SKIPPED} times in a row, last on {' and '.join(bad)}: "
@@ -364,7 +376,8 @@ class Steps:
         names, balancer = step.crew.names, self.state.balancer
         if len(names) < 2:
             return
-        balancer.wire = _wire(balancer.wire, seen, self._reducer.others_by_last)
+        self.profile.hear({name: row.spans() for name, row in zip(names, seen.rows, strict=True)})
+        balancer.wire = report.wire_seen(balancer.wire, seen, self._reducer.others_by_last)
         told = balancer.observe(
             {name: row.ready_s for name, row in zip(names, seen.rows, strict=True)},
             first_s={name: row.first_s for name, row in zip(names, seen.rows, strict=True)},
@@ -395,6 +408,7 @@ class Steps:
         )
         self._ended_at = time.perf_counter()
         if is_committed:
+            self._times = times
             self.profile.add(step.plan.batch, times)
         cursor = self.state.cursor
         self._pulse.beat("outside", cursor.step, 0.0)
@@ -444,23 +458,3 @@ def _sentence(told: Replan) -> str:
 
 def _rates(optimizer: Optimizer) -> float:
     return float(sum(float(group.get("lr", 0.0)) * (1 + i) for i, group in enumerate(optimizer.param_groups)))
-
-
-def _noise(known: Noise, step: _Step) -> Noise:
-    if step.square is None or step.report is None:
-        return known
-    shares, batch = step.plan.shares, step.plan.batch
-    rows = zip(step.report.rows, shares, strict=True)
-    scaled = [row.square * (batch / share) ** 2 if share else 0.0 for row, share in rows]
-    return known.seen(shares, scaled, step.square)
-
-
-def _wire(known: Wire, seen: Report, others_by_last: float) -> Wire:
-    """The last bucket's sum takes what the slowest member, who waits for nobody, saw after its own."""
-    if any(row.tail_s <= 0 for row in seen.rows):
-        return known
-    last_s = min(row.tail_s for row in seen.rows)
-    all_s = min(row.after_first_s for row in seen.rows)
-    others_s = min(last_s * others_by_last, max(all_s - last_s, 0.0))
-    keep = 0.9 if known.last_s else 0.0
-    return Wire(keep * known.last_s + (1 - keep) * last_s, keep * known.others_s + (1 - keep) * others_s)

@@ -13,7 +13,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from torch import Tensor
 from torch._C._distributed_c10d import ReduceOp, Store, TCPStore
@@ -21,6 +20,8 @@ from torch._C._distributed_c10d import ReduceOp, Store, TCPStore
 from potluck.errors import PotluckError
 from potluck.train.gang import groups, healing
 from potluck.train.gang.engine import CONNECT_S, FIRST_PATIENCE_S, Crew, Lonely, Mismatch, Say, Shared, fits, lonely
+from potluck.train.gang.lighthouse import lighthouse as lighthouse
+from potluck.train.gang.lighthouse import reachable as reachable
 from potluck.train.gang.place import Place
 
 os.environ.setdefault("RUST_LOG", "error")  # before the import: its log says every step what we say in a sentence
@@ -142,7 +143,9 @@ class TorchftEngine:
     def finish(self) -> str:
         assert self._manager is not None and self._group is not None
         while self._works:
-            self._works.pop(0).wait()  # an error goes to the manager
+            self._works.pop().wait()  # the last first: it is the figures, over Gloo (groups.py); errors go to the manager
+            if self._manager.errored() is not None:
+                groups.abort(self._group.inner)
         failed = self._manager.errored()
         if failed is None:
             return ""
@@ -192,10 +195,14 @@ class _Group(ProcessGroupGloo):  # type: ignore[misc]  # torchft has no types fo
         except Mismatch as mismatch:
             self.unfit = mismatch
             raise
-        made = groups.connect(store, rank, world_size, self._place.address)
+        made = groups.connect(store, rank, cards, self._place.address)
         self._made += 1
         self.crew = Crew(cards, rank, f"{self._own.port}-{self._made}")
         return made
+
+    @property
+    def inner(self) -> groups.Group:
+        return self._pg
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> Any:
         opts.timeout = timedelta(seconds=self._engine.patience_s)
@@ -225,17 +232,3 @@ class _Transport(CheckpointTransport):  # type: ignore[misc]
 
 def _is_late(error: Exception) -> bool:
     return isinstance(error, TimeoutError) or "Timeout expired" in str(error)
-
-
-def lighthouse(host: str, port: int, *, least: int) -> Any:
-    """torchft's lighthouse in this process, with a gang's times. It stops when the object goes."""
-    from torchft.coordination import LighthouseServer
-
-    return LighthouseServer(
-        bind=f"{host}:{port}", min_replicas=least, join_timeout_ms=10_000, quorum_tick_ms=20, heartbeat_timeout_ms=400
-    )
-
-
-def reachable(address: str, host: str) -> str:
-    """The lighthouse's own address, with the host as the others reach it."""
-    return f"http://{host}:{urlsplit(address).port}"
