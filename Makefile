@@ -49,7 +49,7 @@ format: setup  ## put the code into shape
 	@$(BIN)/ruff format --quiet .
 
 bench: setup  ## every benchmark, one table each
-	@for script in benchmarks/ledger.py benchmarks/placement.py benchmarks/jobs.py benchmarks/pool.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/ledger.py benchmarks/placement.py benchmarks/jobs.py benchmarks/gang.py benchmarks/pool.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 docs: setup  ## check that the docs name only commands and settings that exist
 	@$(BIN)/python -m pytest tests/test_ratchets.py -k docs

@@ -55,18 +55,29 @@ OPTIONS = {
         *["[-- COMMAND...]", "--file", "--folder", "--gpu", "--cpu", "--memory", "--disk", "--image", "--requirements"],
         *["--python", "--name", "--priority", "--retries", "--retry-on", "--timeout", "--grace", "--env", "--secret"],
         *["--on", "--procs", "--wait", "--wait-at-most", "--local", "--to", "--dry-run", "--json", *HUB],
+        *["--gang", "--batch", "--gang-policy", "--gang-engine", "--gang-compat", "--detach"],
+    ],
+    "gang": [],
+    "gang ls": ["--open", "--json", *HUB],
+    "gang show": ["GANG", "--follow", "--timeout", "--json", *HUB],
+    "gang logs": ["GANG", "--follow", "--tail", "--member", "--timeout", *HUB],
+    "gang stop": ["GANG", "--wait", "--timeout", "--json", *HUB],
+    "gang top": ["[GANG]", "--once", "--timeout", *HUB],
+    "gang profile": [
+        *["[-- COMMAND...]", "--file", "--folder", "--batch", "--seconds", "--steps", "--gpu", "--cpu", "--memory"],
+        *["--image", "--requirements", "--on", "--timeout", "--json", *HUB],
     ],
     "ps": ["--json", *HUB],
     "show": ["RUN", "--follow", "--timeout", "--json", *HUB],
     "why": ["ID", "--json", *HUB],
-    "logs": ["JOB", "--follow", "--tail", "--offset", "--attempt", "--since-start", "--timeout", *HUB],
+    "logs": ["JOB", "--follow", "--tail", "--offset", "--attempt", "--since-start", "--member", "--timeout", *HUB],
     "top": ["--once", "--timeout", *HUB],
     "set": ["RUN", "KEY=VALUE...", "--json", *HUB],
     "pause": ["RUN", "--json", *HUB],
     "resume": ["RUN", "--json", *HUB],
     "stop": ["RUN", "--wait", "--timeout", "--json", *HUB],
     "retry": ["JOB", "--json", *HUB],
-    "pull": ["JOB", "[PATH]", "--to", "--what", "--attempt", "--force", "--json", *HUB],
+    "pull": ["JOB", "[PATH]", "--to", "--what", "--attempt", "--member", "--force", "--json", *HUB],
     "queue": ["--json", *HUB],
     "queue move": ["JOB", "--before", "--first", "--json"],
     "secret": [],
@@ -148,7 +159,7 @@ def test_docs_catalogue_every_setting_and_no_other() -> None:
     assert named == environment_variables()
 
 
-BETWEEN_AGENT_AND_CHILD = {"POTLUCK_EVENTS_FD", "POTLUCK_CHILD_CACHE", "POTLUCK_GANG"}
+BETWEEN_AGENT_AND_CHILD = {"POTLUCK_EVENTS_FD", "POTLUCK_CHILD_CACHE", "POTLUCK_GANG", "POTLUCK_GANG_SOLO"}
 SEEN_BY_JOBS = {
     *["POTLUCK_RUN_ID", "POTLUCK_ATTEMPT", "POTLUCK_DEADLINE", "POTLUCK_OUTPUT_DIR", "POTLUCK_CHECKPOINT_DIR"],
     *["POTLUCK_RESUME_FROM", "POTLUCK_METRICS_DIR"],
