@@ -31,6 +31,8 @@ def looked_at(watch: Watch, text: bytes, *, seconds: float, start: float = 100.0
     [
         ("compute", 2.5, False),
         ("compute", 3.5, True),
+        ("load", 2.5, False),
+        ("load", 3.5, True),
         ("sum", 8.5, False),  # the others' time limit acts first: who waits in a sum is not who hangs
         ("sum", 9.5, True),
         ("meet", 1000.0, False),

@@ -71,7 +71,7 @@ def join_command(
     hardware = detect()
     flags["labels"] = ",".join(f"{key}={value}" for key, value in _pairs(labels)) if labels else None
     name = settings.load(settings.WorkerSettings, flags).name
-    folder = Path(home) if home else _home(name, hardware.hostname, link)
+    folder = Path(home).absolute() if home else _home(name, hardware.hostname, link)
     before = _remembered(folder)
     if link is None:
         kept = {name: before[name] for name in REMEMBERED if name in before}

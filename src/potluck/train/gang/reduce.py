@@ -71,7 +71,7 @@ class Reducer:
         self._pass: _Pass | None = None
         self._views = [torch.empty(0)] * len(self.parameters)
         self._bucket_of = [0] * len(self.parameters)
-        layout = _laid_out(self.parameters)
+        layout = self._layout = _laid_out(self.parameters)
         self.buckets = [self._bucket(number, places) for number, places in enumerate(layout)]
         self.compression = Compression(compress, [[self.parameters[i].shape for i in places] for places in layout])
         for place, parameter in enumerate(self.parameters):
@@ -95,7 +95,6 @@ class Reducer:
         for parameter in self.parameters:
             parameter.grad = None
         for bucket in self.buckets:
-            bucket.flat.zero_()
             bucket.waits_for = bucket.parameters
 
     def part(self, factor: float, *, is_last: bool) -> None:
@@ -181,6 +180,9 @@ class Reducer:
 
     def _launch(self, now: _Pass) -> None:
         flat = self.buckets[now.launched].flat
+        for place in self._layout[now.launched]:
+            if place not in now.used:
+                self._views[place].zero_()  # the others are overwritten: a large model would notice a second pass
         if not now.launched:
             now.first_at = time.perf_counter()
         now.squares.append(_square(flat))

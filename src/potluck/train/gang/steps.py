@@ -32,7 +32,9 @@ from potluck.train.gang.report import Report, Row
 from potluck.train.gang.state import State
 from potluck.train.gang.voice import Voice
 
-LEAST_PATIENCE_S = 3.0
+LEAST_PATIENCE_S = 2.0
+LOAD_PATIENCE_S = 60.0
+"""For a batch to be read: a disk that wakes up is no reason to end a member, though the others go on without it."""
 NEWCOMER_S = 15.0
 """For the first steps of a member: a GPU that wakes up, a model that is compiled."""
 COMPARE_EVERY = 50
@@ -158,9 +160,11 @@ class Steps:
                 return
             batches = self._loader.batches(step.plan, self._following(step.plan))
             for at, part in enumerate(step.plan.parts):
+                self._pulse.beat("load", state.cursor.step, LOAD_PATIENCE_S)
                 began_at = time.perf_counter()
                 batch = next(batches)
                 step.load_s += time.perf_counter() - began_at
+                self._pulse.beat("compute", state.cursor.step, self._engine.patience_s)
                 step.at_part = at
                 step.weights.append(float(part))
                 self._reducer.part(self._factor(step), is_last=step.is_last_part)
@@ -180,12 +184,11 @@ class Steps:
         batch = min(self.whole(state.cursor.step), self._loader.length - state.cursor.place)
         shares = list(state.balancer.shares_of(batch).values())
         made = plan(state.cursor.epoch, state.cursor.place, shares, crew.rank, at_once=self._at_once)
-        self._engine.patience_s = patience_s = self._patience_s()
+        self._engine.patience_s = self._patience_s()
         self._open = _Step(made, crew, now - came_at, now, [])
         self.committed = False
         self._norms.remember()
         self._reducer.open(self._engine.sum, is_alone=len(crew.cards) == 1)
-        self._pulse.beat("compute", state.cursor.step, patience_s)
         return self._open
 
     def _following(self, step: Plan) -> Plan | None:

@@ -31,7 +31,7 @@ from potluck.worker.jobs.meetings import MeetingPlace
 from potluck.worker.jobs.outputs import OPEN
 
 WHERE, PULSE = "where.json", "pulse.json"
-LOOK_S = 0.25
+LOOK_S = 0.1
 """Between two looks at the pulse."""
 SUM_TIMES = 3.0
 """All members wait in a sum while one hangs, and give it up after their patience. Who does not, long after, hangs too."""
@@ -284,6 +284,8 @@ class Watch:
         match beat.phase:
             case "compute" if self._age_s > most_s:
                 return f"hung: it computes step {beat.step} for longer than {most_s:.3g} s, and the others wait for it"
+            case "load" if self._age_s > most_s:
+                return f"hung: it waits for the data of step {beat.step} for longer than {most_s:.3g} s"
             case "sum" if self._age_s > SUM_TIMES * most_s:
                 return (
                     f"hung: it is in the sum of step {beat.step} for {self._age_s:.3g} s; the others gave up long ago"
