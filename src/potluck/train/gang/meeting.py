@@ -31,6 +31,7 @@ BEAT_LAPSE_S = 0.5
 GATHER_S = 0.3  # the first members wait so long for others that are just starting
 TARRY_S = 10.0  # and all of them, for one that is alive but busy with something else
 TICK_S = 0.02
+LOOK_S = 1.0  # how long a member waits for an answer, before it looks whether the meeting is elsewhere by now
 MAX_LINE = 8 << 20
 
 
@@ -192,6 +193,7 @@ class Line:
     """A member's connection. Any error means: hang up, and call again."""
 
     def __init__(self, place: str, name: str, *, timeout_s: float) -> None:
+        self.place = place
         host, _, port = place.rpartition(":")
         self._socket = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -202,16 +204,36 @@ class Line:
         self._has_card = False
         threading.Thread(target=self._beat, name="potluck-beat", daemon=True).start()
 
-    def meet(self, step: int, card: Any, *, broken: bool, timeout_s: float) -> dict[str, Any]:
-        """Say that this member is ready, and wait for who takes part. The card is sent once."""
+    def meet(
+        self, step: int, card: Any, *, broken: bool, timeout_s: float, is_elsewhere: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any]:
+        """Say that this member is ready, and wait for who takes part. The card is sent once.
+
+        A machine that loses its power or its cable says no goodbye: so, while it waits, it asks `is_elsewhere`.
+        """
         self._send({"meet": step, "broken": broken} | ({} if self._has_card else {"card": card}))
         self._has_card = True
-        self._socket.settimeout(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while not self._has_answer():
+            if is_elsewhere():
+                raise ConnectionError("the gang meets elsewhere by now")
+            if time.monotonic() > deadline:
+                raise TimeoutError("the meeting gave no answer")
+        self._socket.settimeout(max(deadline - time.monotonic(), LOOK_S))
         line = self._answers.readline(MAX_LINE)
         if not line:
             raise ConnectionError("the meeting hung up")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def _has_answer(self) -> bool:
+        """Or an end: `readline` will find out."""
+        self._socket.settimeout(LOOK_S)
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except TimeoutError:
+            return False
+        return True
 
     def close(self) -> None:
         self._closed.set()
@@ -222,7 +244,8 @@ class Line:
             try:
                 self._send({"beat": 1})
             except OSError:
-                return  # `meet` will find out, too
+                self.close()  # so that `meet` finds out, too
+                return
 
     def _send(self, message: Mapping[str, Any]) -> None:
         with self._sending:

@@ -93,8 +93,13 @@ class PlainEngine:
         try:
             if self._line is None:
                 self._line = Line(self._place.now().store, self._place.member, timeout_s=CONNECT_S)
-            return self._line.meet(
-                card.step, [card.name, card.papers, contact], broken=self._group is None, timeout_s=wait_s
+            line = self._line
+            return line.meet(
+                card.step,
+                [card.name, card.papers, contact],
+                broken=self._group is None,
+                timeout_s=wait_s,
+                is_elsewhere=lambda: self._place.now().store != line.place,
             )
         except (OSError, ValueError):
             if self._line is not None:
