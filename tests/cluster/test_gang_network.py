@@ -163,7 +163,7 @@ def test_the_cables_are_as_long_and_as_narrow_as_was_asked_and_can_be_cut(networ
         network["c"].run(sys.executable, "-c", reach)
 
 
-@pytest.mark.parametrize("engine", ["torchft", pytest.param("plain", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
 def test_three_machines_train_what_one_would_though_one_comes_late_and_one_is_killed(
     nursery: Nursery, network: Network, engine: str, tmp_path: Path
 ) -> None:

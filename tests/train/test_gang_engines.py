@@ -265,19 +265,21 @@ def test_members_need_not_begin_with_the_same_weights(gang: Open) -> None:
     assert json.dumps(a.end()["figures"]) == json.dumps(b.end()["figures"])
 
 
+@SLOW
 @ONE
-@pytest.mark.parametrize("way", ["powersgd", pytest.param("fp16", marks=SLOW)])
+@pytest.mark.parametrize("way", ["powersgd", "fp16"])
 def test_compressed_gradients_are_the_same_for_all_and_a_newcomer_learns_how_they_travel(gang: Open, way: str) -> None:
-    cluster = gang({**LONG, "epochs": 5, "base_s": 0.015, "compress": way}, least=1)
+    cluster = gang({**LONG, "epochs": 8, "base_s": 0.05, "compress": way}, least=1)
     a = cluster.start("a")
-    b = cluster.start("b", faults=[[20, "backward", "kill"]])
-    until(lambda: b.process.poll() is not None, "b is killed")
+    b = cluster.start("b", faults=[[12, "backward", "kill"]])
+    until(lambda: b.reached(3), "b trains along")  # from here on c has some seconds to come, before a is at its end
 
     c = cluster.start("c")
     ends = [a.end(), c.end()]
 
+    assert b.process.poll() is not None
     cluster.assert_exactly_once()
-    assert ends[0]["weights"] == ends[1]["weights"] and c.committed[0]["step"] > 10
+    assert ends[0]["weights"] == ends[1]["weights"] and c.committed[0]["step"] > 3
     assert 1e-9 < furthest(ends[0]["weights"], on_one_machine(cluster.task)) < 0.5
 
 

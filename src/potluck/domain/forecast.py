@@ -97,9 +97,7 @@ def _reachable(
     return tuple(kept), verdicts
 
 
-def _wire(
-    size_bytes: int, buckets: int, count: int, names: Sequence[str], ways: Mapping[tuple[str, str], Way]
-) -> Wire:
+def _wire(size_bytes: int, buckets: int, count: int, names: Sequence[str], ways: Mapping[tuple[str, str], Way]) -> Wire:
     """What the sum takes with so many of these machines, if the slowest way is among theirs."""
     pair = _slowest(names, ways)
     if count < 2 or pair is None:

@@ -1,8 +1,8 @@
 """How can a member's agent see that it hangs?
 
 All members wait when one hangs, so waiting is no sign. The pulse says what the member is doing, since when, and how long
-that may take: an agent ends the process whose phase is `compute` or `load` for longer than `patience_s`, or `sum` for several
-times as long, and the kernel then frees the others at once. Other phases may last as long as they like.
+that may take: an agent ends the process whose phase is `compute` or `load` for longer than `patience_s`, or `sum` for
+several times as long, and the kernel then frees the others at once. Other phases may last as long as they like.
 
 The file is one JSON object, padded with spaces, overwritten in place.
 """
