@@ -125,9 +125,11 @@ def impossible(demand: Demand, machines: Iterable[Machine], *, least: int = 1) -
         obstacles = [*_wrong_system(machine, demand), *_too_small(machine, demand)]
         if obstacles:
             found.append((sum(obstacle.weight for obstacle in obstacles), machine.name, _join(obstacles)))
-        else:
-            able.append(machine)
-    if not known or len(able) >= least:
+            continue
+        able.append(machine)
+        if len(able) >= least:
+            return ""
+    if not known:
         return ""
     wants = describe(demand)
     _, name, lacks = min(found, default=(0.0, "", ""))

@@ -6,7 +6,6 @@ what is in it belongs to its owner and to admins.
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,10 +17,10 @@ from potluck.domain.gangspec import GANG_USUAL
 from potluck.domain.job import GangSpec, JobSpec
 from potluck.domain.names import MAX_NAME, clean_name
 from potluck.domain.resources import describe, read
-from potluck.errors import BadInput, Conflict, NotAllowed, NotFound
+from potluck.errors import BadInput, Conflict, NotAllowed
 from potluck.hub.commands import gang_upkeep, placing, secrets
 from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, new_run_id, note, pass_on, spread
-from potluck.hub.commands.jobs import MOST_OPEN, may
+from potluck.hub.commands.jobs import MOST_OPEN, chosen, may, wait_for_change
 from potluck.hub.commands.trees import read_tree
 from potluck.hub.store import Rows, Transaction
 from potluck.protocol import GangRequest, GangView, MemberView
@@ -47,7 +46,7 @@ async def submit(desk: Desk, caller: Caller, request: GangRequest, *, key: str |
         open_ = await tx.row("count_open_jobs_of", owner=caller.subject)
     if open_ is not None and open_["count"] + gang.most > MOST_OPEN:
         raise Conflict(f"you have {open_['count']:,} jobs that are not over: stop some, or wait until some have ended")
-    await placing.check_possible(desk, demand)
+    await placing.check_possible(desk, demand)  # how many machines there are may still change
     await read_tree(desk, request.project)
     async with desk.ledger.transaction() as tx:
         run_id = await new_run_id(tx, spec.name, "gang")
@@ -130,12 +129,7 @@ async def find(tx: Transaction, ref: str, caller: Caller) -> str:
     if row := await tx.row("gang_by_id", ref=ref):
         return str(row["id"])
     rows = await tx.rows("find_gang", ref=ref, owner=caller.subject)
-    if not rows:
-        raise NotFound(f"there is no gang `{ref}`: `potluck gang ls` shows them")
-    if len(rows) > 1 and not rows[0]["sure"]:
-        fits = ", ".join(row["id"] for row in rows)
-        raise BadInput(f"`{ref}` could be {fits}: give more letters")
-    return str(rows[0]["id"])
+    return chosen(rows, ref, none=f"there is no gang `{ref}`: `potluck gang ls` shows them")
 
 
 async def show(desk: Desk, caller: Caller, ref: str) -> GangView:
@@ -158,18 +152,10 @@ async def wait(desk: Desk, caller: Caller, ref: str, state: str, wait_s: float) 
     """The gang as soon as its state is another than `state`, or as it is after `wait_s`."""
     if state and state not in STATES:
         raise BadInput(f"`{state[:40]}` is no state of a gang: there are {', '.join(STATES)}")
-    clock = asyncio.get_running_loop().time
-    end = clock() + min(max(wait_s, 0.0), 30.0)
     async with desk.ledger.transaction() as tx:
         gang = await find(tx, ref, caller)
-    while True:
-        ticket = desk.news.ticket(f"job:{gang}")
-        async with desk.ledger.transaction() as tx:
-            row = await tx.row("job_state", run_id=gang)
-        left = end - clock()
-        if row is None or row["state"] != state or left <= 0 or desk.news.closed:
-            return await show(desk, caller, gang)
-        await desk.news.wait(ticket, left)
+    await wait_for_change(desk, gang, state, wait_s)
+    return await show(desk, caller, gang)
 
 
 async def _with_outlook(desk: Desk, view: GangView) -> GangView:

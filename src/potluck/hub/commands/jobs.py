@@ -20,7 +20,7 @@ from potluck.domain.resources import Demand, describe, read
 from potluck.errors import BadInput, Conflict, NotAllowed, NotFound
 from potluck.hub.commands import attempts, gangs, placing, secrets, trees
 from potluck.hub.commands.desk import Caller, Desk, as_blob, as_json, as_type, new_run_id, note, pass_on, spread
-from potluck.hub.store import CHANNEL, Transaction
+from potluck.hub.store import CHANNEL, Rows, Transaction
 from potluck.protocol import AttemptView, GitState, JobRequest, JobView, Outlook, QueueMove, Usage, Why
 
 MOST_OPEN = 10_000
@@ -126,8 +126,13 @@ async def find(tx: Transaction, ref: str, caller: Caller) -> str:
     if row := await tx.row("job_by_id", ref=ref):
         return str(row["id"])
     rows = await tx.rows("find_job", ref=ref, owner=caller.subject)
+    return chosen(rows, ref, none=f"there is no job `{ref}`: `potluck ps` shows them")
+
+
+def chosen(rows: Rows, ref: str, *, none: str) -> str:
+    """The id that `ref` means, of those that it fits, the best first."""
     if not rows:
-        raise NotFound(f"there is no job `{ref}`: `potluck ps` shows them")
+        raise NotFound(none)
     if len(rows) > 1 and not rows[0]["sure"]:
         fits = ", ".join(row["id"] for row in rows)
         raise BadInput(f"`{ref}` could be {fits}: give more letters")
@@ -260,17 +265,24 @@ async def wait(desk: Desk, caller: Caller, ref: str, state: str, wait_s: float) 
     """The job as soon as its state is another than `state`, or as it is after `wait_s`."""
     if state and state not in STATES:
         raise BadInput(f"`{state[:40]}` is no state of a job: there are {', '.join(STATES)}")
-    clock = asyncio.get_running_loop().time
-    end = clock() + min(max(wait_s, 0.0), 30.0)
     async with desk.ledger.transaction() as tx:
         run_id = await find(tx, ref, caller)
+    await wait_for_change(desk, run_id, state, wait_s)
+    async with desk.ledger.transaction() as tx:
+        return await _view(tx, caller, run_id)
+
+
+async def wait_for_change(desk: Desk, run_id: str, state: str, wait_s: float) -> None:
+    """Return as soon as the state of a job or gang is another than `state`, or after `wait_s`."""
+    clock = asyncio.get_running_loop().time
+    end = clock() + min(max(wait_s, 0.0), 30.0)
     while True:
         ticket = desk.news.ticket(f"job:{run_id}")
         async with desk.ledger.transaction() as tx:
             row = await tx.row("job_state", run_id=run_id)
-            left = end - clock()
-            if row is None or row["state"] != state or left <= 0 or desk.news.closed:
-                return await _view(tx, caller, run_id)
+        left = end - clock()
+        if row is None or row["state"] != state or left <= 0 or desk.news.closed:
+            return
         await desk.news.wait(ticket, left)
 
 
