@@ -97,6 +97,7 @@ def test_the_script_learns_resumes_and_leaves_its_results(project: Path) -> None
     assert (project / "outputs" / "sample.txt").read_text().startswith("def ")
 
 
+@pytest.mark.slow
 def test_the_script_is_the_same_with_the_same_seed(project: Path, tmp_path: Path) -> None:
     runs = [
         train(

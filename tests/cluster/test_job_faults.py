@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 from job_kit import PLAIN, count, has_begun, process_of
 
 from potluck.domain.job import JobSpec, Resources
@@ -33,6 +34,7 @@ def test_a_killed_agent_takes_its_job_along_and_another_worker_goes_on_from_the_
     assert not list(shared.glob("*.twice"))
 
 
+@pytest.mark.slow
 def test_without_retries_the_job_of_a_killed_agent_is_lost_and_says_so(houseless: LocalCluster, shared: Path) -> None:
     houseless.add_worker("ann", arguments=PLAIN)
     job = count(houseless, shared, 10_000, retries=0)
