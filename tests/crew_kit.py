@@ -12,7 +12,7 @@ before each of them (`hub_of_module`, `emptied`): making a ledger takes longer t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,12 +71,17 @@ class Hand:
 
 class Crew:
     def __init__(
-        self, hub: Hub, *names: str, engines: tuple[str, ...] = ("plain", "torchft"), known: bool = False
+        self,
+        hub: Hub,
+        *names: str,
+        engines: tuple[str, ...] = ("plain", "torchft"),
+        known: bool = False,
+        cut: Iterable[tuple[str, str]] = (),
     ) -> None:
-        """`known`: they have found out already that each reaches each."""
+        """`known`: they have found out already that each reaches each. `cut`: they knock as soon as they join."""
         self.hub = hub
         self.hands: dict[str, Hand] = {}
-        self.cut: set[tuple[str, str]] = set()  # (from, to): does not get through
+        self.cut = set(cut)  # (from, to): does not get through
         self.silent: set[str] = set()  # these ask no more
         self.knocked: list[tuple[str, str]] = []
         for name in names:

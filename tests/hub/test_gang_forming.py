@@ -213,8 +213,8 @@ def test_machines_that_do_not_reach_each_other_are_no_gang_and_the_pair_is_named
     assert "lab-1" in reason and "lab-2" in reason, reason
 
 
-def test_machines_that_reach_each_other_are_found_among_those_that_do_not(hub: Hub, crew: Crew, mia: Caller) -> None:
-    crew.cut |= {("lab-1", "lab-2"), ("lab-3", "lab-1")}
+def test_machines_that_reach_each_other_are_found_among_those_that_do_not(hub: Hub, mia: Caller) -> None:
+    crew = Crew(hub, "lab-1", "lab-2", "lab-3", cut={("lab-1", "lab-2"), ("lab-3", "lab-1")})
     crew.submit(mia, least=2, most=2)
 
     crew.rounds()
