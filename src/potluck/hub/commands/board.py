@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from potluck.domain.resources import Demand, describe
-from potluck.hub.commands.desk import Desk, as_json, as_type
+from potluck.hub.commands.desk import Desk, as_json, as_type, iso
 from potluck.hub.store import Rows
 from potluck.protocol import Event
 
@@ -118,8 +117,8 @@ async def job_lines(desk: Desk, *, ids: Sequence[str] = (), at_work: int = 0, en
             exit_code=row["exit_code"],
             created_at=row["created_at"].isoformat(),
             queued_at=row["queued_at"].isoformat(),
-            started_at=_iso(row["started_at"]),
-            ended_at=_iso(row["ended_at"]),
+            started_at=iso(row["started_at"]),
+            ended_at=iso(row["ended_at"]),
             gang=_gang(row) if row["gang"] else None,
         )
         for row in rows
@@ -127,12 +126,8 @@ async def job_lines(desk: Desk, *, ids: Sequence[str] = (), at_work: int = 0, en
 
 
 def _gang(row: dict[str, Any]) -> GangLine:
-    times = _iso(row["gang_started_at"]), _iso(row["gang_ended_at"])
+    times = iso(row["gang_started_at"]), iso(row["gang_ended_at"])
     return GangLine(row["gang"], row["gang_name"], row["gang_state"], *times)
-
-
-def _iso(value: datetime | None) -> str | None:
-    return value.isoformat() if value else None
 
 
 async def job_counts(desk: Desk) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -143,6 +144,11 @@ def as_json(value: Any) -> str:
 
 def as_blob(value: Json | None) -> Blob | None:
     return None if value is None else as_type(value, Blob)
+
+
+def iso(at: datetime | None) -> str | None:
+    """A time of the ledger as the API says it."""
+    return None if at is None else at.isoformat()
 
 
 def fair_share(claimed: float) -> float:

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
 from typing import Any
 
-from potluck.domain import job as job_
 from potluck.domain.gangspec import GANG_USUAL
 from potluck.domain.job import GangSpec, JobSpec
 from potluck.domain.names import MAX_NAME, clean_name
-from potluck.domain.resources import describe, read
+from potluck.domain.resources import describe
 from potluck.errors import BadInput, Conflict, NotAllowed
-from potluck.hub.commands import gang_upkeep, placing, secrets
-from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, new_run_id, note, pass_on, spread
-from potluck.hub.commands.jobs import MOST_OPEN, chosen, may, wait_for_change
+from potluck.hub.commands import gang_upkeep, placing
+from potluck.hub.commands.desk import Caller, Desk, as_json, as_type, iso, new_run_id, note, pass_on, spread
+from potluck.hub.commands.jobs import MOST_OPEN, check, chosen, may, wait_for_change
 from potluck.hub.commands.trees import read_tree
 from potluck.hub.store import Rows, Transaction
 from potluck.protocol import GangRequest, GangView, MemberView
@@ -39,14 +37,11 @@ async def submit(desk: Desk, caller: Caller, request: GangRequest, *, key: str |
             if old := await tx.row("run_by_key", key=own_key):
                 return await _view(tx, caller, old["id"])
     spec, gang = _completed(request.spec)
-    job_.check(spec)
-    demand = read(spec.resources, image=spec.image)
+    demand = await check(desk, caller, spec)  # how many machines there are may still change
     async with desk.ledger.transaction() as tx:
-        await secrets.check_there(tx, caller.subject, spec.secrets)
         open_ = await tx.row("count_open_jobs_of", owner=caller.subject)
     if open_ is not None and open_["count"] + gang.most > MOST_OPEN:
         raise Conflict(f"you have {open_['count']:,} jobs that are not over: stop some, or wait until some have ended")
-    await placing.check_possible(desk, demand)  # how many machines there are may still change
     await read_tree(desk, request.project)
     async with desk.ledger.transaction() as tx:
         run_id = await new_run_id(tx, spec.name, "gang")
@@ -198,8 +193,8 @@ def _as_view(row: Mapping[str, Any], members: Rows, caller: Caller) -> GangView:
         most=row["most"],
         engine=row["engine"],
         created_at=row["created_at"].isoformat(),
-        started_at=_iso(row["started_at"]),
-        ended_at=_iso(row["ended_at"]),
+        started_at=iso(row["started_at"]),
+        ended_at=iso(row["ended_at"]),
         exit_code=row["exit_code"],
         host=row["host"],
         members=[_member(each, mine) for each in members],
@@ -221,7 +216,3 @@ def _member(row: Mapping[str, Any], mine: bool) -> MemberView:
         samples_per_s=figures.get("gang/samples_per_s", 0.0),
         alone_per_s=figures.get("gang/alone_per_s", 0.0),
     )
-
-
-def _iso(value: datetime | None) -> str | None:
-    return None if value is None else value.isoformat()

@@ -42,15 +42,12 @@ _MEETING = re.compile(r"(?:http://)?(?:\[([0-9a-fA-F:.]+)\]|([0-9a-fA-F:.]+)):(\
 # --- a worker asks for orders ---------------------------------------------------------------------------------------
 
 
-async def hear(desk: Desk, caller: Caller, request: OrdersRequest, *, before: Mapping[str, Any] | None = None) -> None:
-    """Keep what a worker says of doors, knocks and meetings. `before`: the row of `orders_arrive`, if it is at hand.
+async def hear(desk: Desk, caller: Caller, request: OrdersRequest, *, before: Mapping[str, Any]) -> None:
+    """Keep what a worker says of doors, knocks and meetings. `before`: the row of `orders_arrive`.
 
     After `orders_arrive` and in no transaction. What has changed wakes the placement, and the members of a gang whose
     meeting place is known now.
     """
-    if before is None:
-        async with desk.ledger.transaction() as tx:
-            before = await tx.row("door_of", worker_id=caller.subject) or {"door": None, "was_present": True}
     door = reaches.clean_door(request.door)
     moved = door != (None if before["door"] is None else as_type(before["door"], Door))
     came = door is not None and (moved or not before["was_present"])
@@ -103,7 +100,7 @@ async def say(
 ) -> tuple[list[Knock], list[MeetOrder], bool]:
     """What to tell a worker now, and whether it is worth an answer at once.
 
-    `rows` are those of `commands_to_do`, `must_knock` is of `worker_stands`. An order to meet is repeated until the
+    `rows` and `must_knock` are of `orders_look`. An order to meet is repeated until the
     worker's `meetings` say the same: an answer that has one must not wait longer than `TOLD_FOR_S` though it is not urgent.
     """
     here = [row for row in rows if row["gang"] is not None and row["agent"] == request.agent]
@@ -147,7 +144,7 @@ async def _orders(desk: Desk, request: OrdersRequest, rows: Sequence[Mapping[str
 
 
 async def membership(tx: Transaction, row: Mapping[str, Any], worker_name: str) -> Membership | None:
-    """A member's place in its gang, for its lease; `row` is one of `commands_to_do`. None: it is in no gang."""
+    """A member's place in its gang, for its lease; `row` is one of `orders_look`. None: it is in no gang."""
     if row["gang"] is None:
         return None
     gang = await tx.row("membership", gang=row["gang"])

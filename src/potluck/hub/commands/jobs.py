@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from datetime import datetime
 from typing import Any
 
 from potluck.domain import job as job_
@@ -19,7 +18,7 @@ from potluck.domain.placement import Waiting
 from potluck.domain.resources import Demand, describe, read
 from potluck.errors import BadInput, Conflict, NotAllowed, NotFound
 from potluck.hub.commands import attempts, gangs, placing, secrets, trees
-from potluck.hub.commands.desk import Caller, Desk, as_blob, as_json, as_type, new_run_id, note, pass_on, spread
+from potluck.hub.commands.desk import Caller, Desk, as_blob, as_json, as_type, iso, new_run_id, note, pass_on, spread
 from potluck.hub.store import CHANNEL, Rows, Transaction
 from potluck.protocol import AttemptView, GitState, JobRequest, JobView, Outlook, QueueMove, Usage, Why
 
@@ -44,7 +43,7 @@ async def submit(desk: Desk, caller: Caller, request: JobRequest, *, key: str | 
     spec = request.spec
     if spec.gang is not None:
         raise BadInput("this is a gang, several machines that train together: POST it to /api/v1/gangs")
-    demand = await _check(desk, caller, spec)
+    demand = await check(desk, caller, spec)
     tree = await trees.check(desk, request.project)
     # Relaxed: a NOTIFY lets one transaction commit after the other, and they would all wait for the disk in a row.
     async with desk.ledger.transaction(relaxed=True) as tx:
@@ -84,7 +83,7 @@ async def submit(desk: Desk, caller: Caller, request: JobRequest, *, key: str | 
 async def outlook(desk: Desk, caller: Caller, request: JobRequest) -> Outlook:
     """Where the job would go if it were submitted now. Nothing is stored."""
     spec = request.spec
-    demand = await _check(desk, caller, spec)
+    demand = await check(desk, caller, spec)
     made = await placing.forecast(desk)
     one = Waiting(
         job=_NEW,
@@ -99,7 +98,7 @@ async def outlook(desk: Desk, caller: Caller, request: JobRequest) -> Outlook:
     return Outlook("", found.position, found.would_run_on, found.reason, found.advice, found.near)
 
 
-async def _check(desk: Desk, caller: Caller, spec: JobSpec) -> Demand:
+async def check(desk: Desk, caller: Caller, spec: JobSpec) -> Demand:
     """Refuse what could never run: a wrong word, a secret that is not there, more than any machine of this hub has."""
     job_.check(spec)
     demand = read(spec.resources, image=spec.image)
@@ -326,8 +325,8 @@ def _as_view(row: dict[str, Any], caller: Caller, attempts_: list[dict[str, Any]
         priority=row["priority"],
         needs=describe(as_type(row["needs"], Demand)),
         created_at=row["created_at"].isoformat(),
-        started_at=_iso(row["started_at"]),
-        ended_at=_iso(row["ended_at"]),
+        started_at=iso(row["started_at"]),
+        ended_at=iso(row["ended_at"]),
         worker=row["worker"] or "",
         exit_code=row["exit_code"] if row["state"] in ENDED else None,
         retries_left=row["retries_left"],
@@ -336,7 +335,7 @@ def _as_view(row: dict[str, Any], caller: Caller, attempts_: list[dict[str, Any]
         git=as_type(row["git"], GitState) if mine and row["git"] is not None else None,
         attempts=[_attempt(each) for each in attempts_],
         gang=row["gang"] or "",
-        member=row["member"] or 0,
+        member=row["member"],
     )
 
 
@@ -350,8 +349,8 @@ def _attempt(row: dict[str, Any]) -> AttemptView:
         executor=row["executor"],
         environment=row["environment"],
         placed_at=row["placed_at"].isoformat(),
-        started_at=_iso(row["started_at"]),
-        ended_at=_iso(row["ended_at"]),
+        started_at=iso(row["started_at"]),
+        ended_at=iso(row["ended_at"]),
         exit_code=row["exit_code"],
         signal=row["signal"],
         usage=as_type(row["usage"], Usage),
@@ -359,7 +358,3 @@ def _attempt(row: dict[str, Any]) -> AttemptView:
         outputs=as_blob(row["outputs"]),
         checkpoint=as_blob(row["checkpoint"]),
     )
-
-
-def _iso(value: datetime | None) -> str | None:
-    return None if value is None else value.isoformat()

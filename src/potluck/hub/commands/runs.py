@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from datetime import datetime
 
 from potluck.domain.names import clean_name
 from potluck.domain.pool import PoolSettings
 from potluck.errors import BadInput, Conflict, NotFound
 from potluck.hub.commands import jobs
-from potluck.hub.commands.desk import Caller, Desk, as_blob, as_json, as_type, new_run_id, note
+from potluck.hub.commands.desk import Caller, Desk, as_blob, as_json, as_type, iso, new_run_id, note
 from potluck.hub.commands.rounds import cancel_all, merge_policy, version_of
 from potluck.hub.store import Transaction
 from potluck.protocol import (
@@ -184,8 +183,8 @@ async def _view(tx: Transaction, run_id: str) -> RunView:
         reason=run["reason"],
         version=run["version"],
         created_at=run["created_at"].isoformat(),
-        started_at=_iso(run["started_at"]),
-        ended_at=_iso(run["ended_at"]),
+        started_at=iso(run["started_at"]),
+        ended_at=iso(run["ended_at"]),
         target_samples=run["target_samples"],
         duration_s=run["duration_s"],
         elapsed_s=elapsed,
@@ -200,10 +199,6 @@ async def _view(tx: Transaction, run_id: str) -> RunView:
         bytes_up=int(fates_row["bytes_up"]),
         bytes_down=int(fates_row["bytes_down"]),
     )
-
-
-def _iso(value: datetime | None) -> str | None:
-    return None if value is None else value.isoformat()
 
 
 async def contributions(desk: Desk, ref: str) -> list[Contribution]:

@@ -208,10 +208,6 @@ WITH gang AS (
 )
 UPDATE runs SET state = 'cancelled', reason = %(reason)s, ended_at = now() WHERE id = %(gang)s;
 
--- name: door_of
-SELECT door, state <> 'left' AND hung_up_at IS NULL AND ordered_at > now() - interval '45 seconds' AS was_present
-FROM workers WHERE id = %(worker_id)s;
-
 -- name: set_door
 UPDATE workers SET door = %(door)s WHERE id = %(worker_id)s;
 
